@@ -1,0 +1,176 @@
+"""GGUF files: header, metadata and tensors, read without mapping the file.
+
+Version 2 and 3 of the format (docs/gguf.md of ggml): magic, counts, key-value metadata, tensor
+table, aligned data. Block sizes and the dequantizer come from the `gguf` package; the header is
+parsed here because that package's reader maps the file and takes seconds on a large vocabulary.
+"""
+
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from posttrain.errors import UserError
+from posttrain.models.shards import read_into
+
+# The tensor types that are read; every one has a dequantizer in the gguf package.
+READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+# Metadata value types (enum gguf_metadata_value_type) with a fixed size, as struct codes.
+SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+# Dequantize this many values at a time, to bound the dequantizer's temporaries.
+CHUNK_VALUES = 1 << 22
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor of the table: shape in torch order, `start` an absolute byte offset."""
+
+    file: Path
+    start: int
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+
+    @property
+    def nbytes(self) -> int:
+        block, size = GGML_QUANT_SIZES[self.type]
+        return math.prod(self.shape) // block * size
+
+    def read(self) -> torch.Tensor:
+        """float32 values in fresh memory, a few million at a time so that temporaries stay small."""
+        block, size = GGML_QUANT_SIZES[self.type]
+        count = math.prod(self.shape)
+        out = torch.empty(count, dtype=torch.float32)
+        step = CHUNK_VALUES // block * block
+        for first in range(0, count, step):
+            values = min(step, count - first)
+            raw = torch.empty(values // block * size, dtype=torch.uint8)
+            read_into(self.file, self.start + first // block * size, raw)
+            out[first : first + values] = _dequantize(raw, self.type, size)
+        return out.view(self.shape)
+
+
+def _dequantize(raw: torch.Tensor, kind: GGMLQuantizationType, size: int) -> torch.Tensor:
+    """[n blocks * size] bytes -> flat float32."""
+    blocks = raw.numpy()
+    if kind.name in ("F32", "F16"):
+        return raw.view(torch.float32 if kind.name == "F32" else torch.float16).float()
+    if kind.name == "BF16":
+        return raw.view(torch.bfloat16).float()
+    return torch.from_numpy(dequantize(blocks.reshape(-1, size), kind)).reshape(-1)
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """Metadata (key -> value) and tensors (name -> GgufTensor) of one file."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+
+
+class _Cursor:
+    """Reads little-endian values one after another; the end of the file is a UserError."""
+
+    def __init__(self, stream: BinaryIO, file: Path):
+        self.stream, self.file = stream, file
+
+    def bytes(self, count: int) -> bytes:
+        left = self.file.stat().st_size - self.stream.tell()
+        data = self.stream.read(count) if count <= left else b""
+        if len(data) != count:
+            raise UserError(
+                f"{self.file}: truncated: the file ends inside its header; copy or download it again"
+            )
+        return data
+
+    def unpack(self, code: str) -> Any:
+        return struct.unpack(f"<{code}", self.bytes(struct.calcsize(f"<{code}")))[0]
+
+    def text(self) -> str:
+        return self.bytes(self.unpack("Q")).decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        if kind in SCALARS:
+            return self.unpack(SCALARS[kind])
+        if kind == STRING:
+            return self.text()
+        if kind == ARRAY:
+            return self.array(self.unpack("I"), self.unpack("Q"))
+        raise UserError(f"{self.file}: corrupt header: unknown metadata type {kind}")
+
+    def array(self, kind: int, count: int) -> list[Any]:
+        if kind not in SCALARS:
+            return [self.value(kind) for _ in range(count)]
+        code = SCALARS[kind]
+        data = self.bytes(count * struct.calcsize(f"<{code}"))
+        values: list[Any] = np.frombuffer(data, dtype=np.dtype(code).newbyteorder("<")).tolist()
+        return values
+
+
+def read_gguf_header(file: Path) -> GgufHeader:
+    """Parse and check one GGUF file; UserError when it is not whole or not readable."""
+    with file.open("rb") as stream:
+        cursor = _Cursor(stream, file)
+        if cursor.bytes(4) != b"GGUF":
+            raise UserError(f"{file}: not a GGUF file: it does not begin with the letters GGUF")
+        version = cursor.unpack("I")
+        if version not in VERSIONS:
+            raise UserError(f"{file}: GGUF version {version}; posttrain reads versions 2 and 3")
+        tensor_count, key_count = cursor.unpack("Q"), cursor.unpack("Q")
+        metadata = {cursor.text(): cursor.value(cursor.unpack("I")) for _ in range(key_count)}
+        table = list(_table(cursor, tensor_count))
+        alignment = int(metadata.get("general.alignment", DEFAULT_ALIGNMENT))
+        data_start = -(-stream.tell() // alignment) * alignment
+    tensors = {
+        name: GgufTensor(file, data_start + offset, shape, _type(file, name, kind))
+        for name, shape, kind, offset in table
+    }
+    _check_size(file, tensors)
+    return GgufHeader(metadata, tensors)
+
+
+def _table(cursor: _Cursor, count: int) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
+    for _ in range(count):
+        name = cursor.text()
+        dims = [cursor.unpack("Q") for _ in range(cursor.unpack("I"))]
+        # ggml lists the fastest axis first, torch last
+        yield name, tuple(reversed(dims)), cursor.unpack("I"), cursor.unpack("Q")
+
+
+def _type(file: Path, name: str, kind: int) -> GGMLQuantizationType:
+    try:
+        found = GGMLQuantizationType(kind)
+    except ValueError:
+        found = None
+    if found is None or found.name not in READABLE:
+        label = found.name if found is not None else f"number {kind}"
+        raise UserError(
+            f"{file}: tensor {name} is stored as type {label}; posttrain reads {', '.join(READABLE)}"
+        )
+    return found
+
+
+def _check_size(file: Path, tensors: dict[str, GgufTensor]) -> None:
+    size = file.stat().st_size
+    for name, tensor in tensors.items():
+        block = GGML_QUANT_SIZES[tensor.type][0]
+        if tensor.shape and tensor.shape[-1] % block:
+            raise UserError(
+                f"{file}: corrupt header: rows of {name} have {tensor.shape[-1]} values, which "
+                f"{tensor.type.name} blocks of {block} do not divide"
+            )
+    end = max((t.start + t.nbytes for t in tensors.values()), default=0)
+    if end > size:
+        raise UserError(
+            f"{file}: truncated: the header says {end} bytes but the file has {size}; "
+            "copy or download it again"
+        )

@@ -1,0 +1,69 @@
+"""Find a model by what the user typed: a directory, a hub id, a GGUF file, or "demo"."""
+
+import difflib
+from pathlib import Path
+
+from posttrain.errors import UserError
+from posttrain.models.base import Entry, Source
+from posttrain.models.directory import DirectorySource
+from posttrain.models.gguf import GgufSource, demo_path
+from posttrain.models.hub import fetch, looks_like_hub_id
+
+__all__ = ["Entry", "Source", "open_source", "require_unquantized"]
+
+DEMO = "demo"
+
+
+def open_source(model: str | Path) -> Source:
+    """Open a model without reading its weights.
+
+    model: a directory with config.json and safetensors; a .gguf file; a hub id ("owner/name",
+    fetched or taken from the local cache); or "demo". A local path that exists wins over a hub id.
+    Every problem with the files is one UserError that names the file, what is wrong, what to do.
+    """
+    text = str(model)
+    if text == DEMO:
+        return GgufSource(demo_path(), name=DEMO)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return DirectorySource(path, name=text)
+    if path.is_file():
+        return _open_file(path, text)
+    if isinstance(model, str) and looks_like_hub_id(text):
+        return DirectorySource(fetch(text, _hint(path)), name=text, kind="hub")
+    raise UserError(f"{text}: no such file or directory{_hint(path)}")
+
+
+def _open_file(path: Path, name: str) -> Source:
+    with path.open("rb") as stream:
+        magic = stream.read(4)
+    if magic == b"GGUF":
+        return GgufSource(path, name=name)
+    if path.suffix == ".gguf":
+        raise UserError(f"{path}: not a GGUF file: it does not begin with the letters GGUF")
+    if (path.parent / "config.json").is_file():
+        raise UserError(f"{path}: pass the directory instead: {path.parent}")
+    raise UserError(f"{path}: a file, but not a GGUF one; pass a .gguf file or a model directory")
+
+
+def _hint(path: Path) -> str:
+    """'; did you mean ...?' with the nearest neighbour of a path that does not exist, or ''."""
+    parent = path.parent
+    if not parent.is_dir():
+        return f" ({parent} does not exist either)" if parent != path else ""
+    names = [child.name for child in parent.iterdir()]
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {parent / near[0]}?" if near else ""
+
+
+def require_unquantized(source: Source) -> None:
+    """UserError if the source is a checkpoint that is already quantized."""
+    config = source.quantization_config
+    if config is None:
+        return
+    method = config.get("quant_method", "an unnamed method")
+    form = f", format {config['format']}" if config.get("format") else ""
+    raise UserError(
+        f"{source.path}: already quantized ({method}{form}); quantizing it again would add its "
+        "error twice. Give the full-precision model it was made from"
+    )
