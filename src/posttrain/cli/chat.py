@@ -1,0 +1,94 @@
+"""talk to a model, with history; or one question with --prompt
+
+Type a line and get an answer; the conversation so far is part of every question. /reset forgets
+it, /exit (or Ctrl-D) ends. Without a terminal, each line read is one turn.
+
+examples:
+  posttrain chat small
+  posttrain chat small --prompt "Why is the sky blue?" --max-new-tokens 80
+  posttrain chat demo --system "Answer in one sentence." --temperature 0.7 --seed 3
+"""
+
+import argparse
+import sys
+from typing import Any
+
+from posttrain.cli.arguments import Parser, count, options, positive, share, whole
+from posttrain.errors import UserError
+
+RESUME = ""
+
+
+def arguments(parser: Parser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a directory, a hub id, a .gguf file, or demo")
+    add("--prompt", metavar="TEXT", help="ask this one thing, print the answer and end")
+    add("--system", metavar="TEXT", help="instructions put before the conversation")
+    add(
+        "--temperature",
+        metavar="T",
+        type=positive,
+        default=0.0,
+        help="0 takes the likeliest token; around 0.7 is varied",
+    )
+    add(
+        "--top-p",
+        metavar="P",
+        type=share,
+        default=1.0,
+        help="sample among the likeliest tokens that together have probability P",
+    )
+    add("--max-new-tokens", metavar="N", type=count, default=256, help="longest answer, in tokens")
+    add("--seed", metavar="N", type=whole, default=0, help="of the sampling")
+
+
+def call(args: argparse.Namespace) -> dict[str, Any]:
+    if args.prompt is not None:
+        import posttrain
+
+        stream = None if args.json else _print_now
+        return posttrain.chat(**options(args), stream=stream)
+    if args.json:
+        raise UserError("--json needs --prompt: a conversation is no single JSON object")
+    _converse(args)
+    return {}
+
+
+def show(result: dict[str, Any]) -> str:
+    return ""  # the answer was printed as it was made
+
+
+def _print_now(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def _converse(args: argparse.Namespace) -> None:
+    from posttrain.lm.chat import Conversation
+
+    talk = Conversation(args.model, system=args.system)
+    sampling = {
+        name: getattr(args, name) for name in ("temperature", "top_p", "max_new_tokens", "seed")
+    }
+    interactive = sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401  (arrow keys and history at the prompt)
+    while (line := _read_line("> " if interactive else "")) not in (None, "/exit", "/quit"):
+        if line == "/reset":
+            talk.reset()
+        elif line:
+            _answer(talk, line, sampling)
+
+
+def _read_line(prompt: str) -> str | None:
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        return None
+
+
+def _answer(talk: Any, line: str, sampling: dict[str, Any]) -> None:
+    try:
+        talk.say(line, stream=_print_now, **sampling)
+        print("\n", flush=True)
+    except KeyboardInterrupt:  # ends this answer, not the conversation
+        print(" [interrupted]\n", flush=True)

@@ -1,0 +1,109 @@
+"""compare models on the same tokens: paired differences with intervals, HTML report
+
+The first MODEL is the reference. For each other one: the mean difference of the loss with its
+95% bootstrap interval over windows (positive: worse than the reference), the KL divergence from
+the reference's predictions, and how often both would say the same next token.
+
+examples:
+  posttrain compare demo small -o report.html
+  posttrain compare demo w8 w6 w4 --max-tokens 16384 --sensitivity -o report.html
+"""
+
+import argparse
+from typing import Any
+
+from posttrain.cli.arguments import (
+    DTYPES,
+    Parser,
+    add_progress_option,
+    add_text_options,
+    count,
+    one_of,
+    options,
+)
+from posttrain.cli.output import bytes_text, number, table
+
+
+def arguments(parser: Parser) -> None:
+    add = parser.add_argument
+    add("models", metavar="MODEL", nargs="+", help="two or more; the first is the reference")
+    add("-o", "--out", metavar="FILE", help="write an HTML report: one file, no network needed")
+    add_text_options(parser)
+    add(
+        "--dtype",
+        type=one_of(*DTYPES),
+        default="float32",
+        help=f"computing precision: {', '.join(DTYPES)}",
+    )
+    add(
+        "--kl",
+        type=one_of("full", "topk"),
+        default="full",
+        help="KL over all logits, or over the reference's --top-k largest",
+    )
+    add("--top-k", metavar="N", type=count, default=64, help="logits kept with --kl topk")
+    add(
+        "--sensitivity",
+        action="store_true",
+        help="also quantize one block at a time and measure what each costs (slower)",
+    )
+    add(
+        "--no-generations",
+        dest="generations",
+        action="store_false",
+        help="no sample answers side by side in the report",
+    )
+    add("--records", metavar="FILE", help="write one JSON line per model and window")
+    add_progress_option(parser)
+
+
+def call(args: argparse.Namespace) -> dict[str, Any]:
+    import posttrain
+
+    return posttrain.compare(**options(args))
+
+
+def show(result: dict[str, Any]) -> str:
+    parts = [models_table(result["models"])]
+    if result["pairs"]:
+        parts.append(pairs_table(result["pairs"]))
+    if result.get("report"):
+        parts.append(f"report: {result['report']}")
+    return "\n\n".join(parts)
+
+
+def models_table(models: list[dict[str, Any]]) -> str:
+    header = ("model", "bits/weight", "size", "tokens", "nll", "perplexity")
+    rows = [
+        (
+            str(m["model"]),
+            number(m["bits_per_weight"], 2),
+            bytes_text(m["bytes"]),
+            f"{m['tokens']:,}",
+            number(m["nll"]),
+            number(m["perplexity"], 3),
+        )
+        for m in models
+    ]
+    return table([header, *rows])
+
+
+def pairs_table(pairs: list[dict[str, Any]]) -> str:
+    header = ("model", "against", "delta nll", "95% interval", "KL", "same next token")
+    rows = [
+        (
+            str(p["b"]),
+            str(p["a"]),
+            number(p["delta_nll"], 4, sign=True),
+            f"{number(p['ci_low'], 4, sign=True)} .. {number(p['ci_high'], 4, sign=True)}",
+            number(p["kl"]),
+            percent(p["greedy_agreement"]),
+        )
+        for p in pairs
+    ]
+    return table([header, *rows])
+
+
+def percent(share: Any) -> str:
+    text = number(share and 100 * share, 1)
+    return text if text == "-" else f"{text}%"

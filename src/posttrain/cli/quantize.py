@@ -1,0 +1,104 @@
+"""make a model smaller: quantize its linear layers and write a checkpoint
+
+Streams the model block by block from disk, so that memory stays far below the model's size,
+and writes a Hugging Face directory that plain `transformers` loads. Killed at any moment, the
+same command continues where it was and ends with the same bytes.
+
+examples:
+  posttrain quantize demo --recipe w6a8 -o small
+  posttrain quantize meta-llama/Llama-3.2-1B --recipe w4a16 --memory-budget 2 -o llama-w4
+  posttrain quantize ./my-model --recipe w4a16 --solver gptq --calibration mine.jsonl --chat -o out
+  posttrain recipes show w6a8 > mine.yaml; posttrain quantize demo --recipe mine.yaml -o mine
+"""
+
+import argparse
+import statistics
+from typing import Any
+
+from posttrain.cli.arguments import Parser, add_progress_option, count, options, positive, whole
+from posttrain.cli.output import bytes_text, facts, number, seconds_text
+
+RESUME = "run the same command again to continue where it stopped"
+
+
+def arguments(parser: Parser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a directory, a hub id, a .gguf file, or demo")
+    add(
+        "--recipe",
+        metavar="NAME|FILE",
+        default="w6a8",
+        help="what becomes what: a shipped recipe (see `posttrain recipes`) or a YAML file",
+    )
+    add("-o", "--out", metavar="DIR", required=True, help="directory to write")
+    add(
+        "--solver",
+        metavar="NAME",
+        help="how codes are chosen: rtn, mse or gptq (default: the recipe's)",
+    )
+    add_progress_option(parser)
+    group = parser.add_argument_group("calibration, for solvers that look at activations")
+    add = group.add_argument
+    add(
+        "--calibration",
+        metavar="FILE",
+        help="text file, JSONL or corpus name (default: the recipe's, else python-docs, "
+        "calibration half)",
+    )
+    add("--samples", metavar="N", type=count, help="calibration windows (default: the recipe's)")
+    add("--window", metavar="N", type=count, help="tokens in each (default: the recipe's)")
+    add(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="render JSONL messages with the chat template (default: the recipe's)",
+    )
+    add("--seed", metavar="N", type=whole, default=0, help="of the choice of windows")
+    group = parser.add_argument_group("resources")
+    add = group.add_argument
+    add(
+        "--memory-budget",
+        metavar="GIB",
+        type=positive,
+        help="GiB of activations cached in memory before they go to disk (default: a quarter of "
+        "what is free)",
+    )
+    add(
+        "--no-resume",
+        dest="resume",
+        action="store_false",
+        help="start anew where the same run was interrupted, instead of continuing",
+    )
+    add("--overwrite", action="store_true", help="replace another result in DIR")
+
+
+def call(args: argparse.Namespace) -> dict[str, Any]:
+    import posttrain
+
+    return posttrain.quantize(**options(args))
+
+
+def show(result: dict[str, Any]) -> str:
+    peak, predicted = result["peak_rss_bytes"], result["predicted_peak_bytes"]
+    lines = [
+        ("bits per weight", f"{number(result['bits_per_weight'], 2)} over the whole model"),
+        (
+            "quantized",
+            f"{bytes_text(result['bytes_quantized'])} of "
+            f"{bytes_text(result['bytes_total'])} on disk",
+        ),
+        ("signal to noise", quality(result["layers"])),
+        ("time", seconds_text(result["seconds"])),
+        ("peak memory", f"{bytes_text(peak)} (predicted {bytes_text(predicted)})"),
+    ]
+    return facts(f"wrote {result['out']}", lines)
+
+
+def quality(layers: list[dict[str, Any]]) -> str:
+    """The worst and the middle QSNR of the layers' weights."""
+    known = [(layer["qsnr"], layer["name"]) for layer in layers if layer.get("qsnr") is not None]
+    if not known:
+        return "-"
+    worst, name = min(known)
+    middle = statistics.median(qsnr for qsnr, _ in known)
+    return f"median {middle:.1f} dB over {len(layers)} layers, worst {worst:.1f} dB ({name})"

@@ -1,0 +1,77 @@
+"""A conversation with a model, and its shortest form: one question, one answer."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from posttrain.lm.local import Messages, generate
+from posttrain.models.load import load
+
+Stream = Callable[[str], Any]
+
+
+class Conversation:
+    """Chat messages with a loaded model; every question carries the history before it."""
+
+    def __init__(self, model: str | Path, *, system: str | None = None) -> None:
+        self.model = load(model)
+        self._system: Messages = [{"role": "system", "content": system}] if system else []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the system message."""
+        self.messages: Messages = list(self._system)
+
+    def say(self, text: str, *, stream: Stream | None = None, **sampling: Any) -> str:
+        """The model's answer to `text`; `sampling` are the options of `generate`.
+
+        Where no answer comes (an error, an interruption) the history stays as it was.
+        """
+        asked = [*self.messages, {"role": "user", "content": text}]
+        answer = generate(self.model, self.model.tokenizer, asked, stream=stream, **sampling)
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
+        return answer
+
+
+def chat(
+    model: str | Path,
+    *,
+    prompt: str,
+    system: str | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    stream: Stream | None = None,
+) -> dict[str, Any]:
+    """Ask `model` one thing.
+
+    Args:
+        model: directory, hub id, GGUF file or "demo".
+        prompt: what the user says.
+        system: instructions put before it.
+        temperature: 0 is greedy; higher is more random.
+        top_p: sample among the likeliest tokens that together have this probability, (0, 1].
+        max_new_tokens: longest answer, in tokens.
+        seed: of the sampling.
+        stream: called with each new piece of the answer.
+
+    Returns:
+        `{"model", "prompt", "answer", "seconds"}`; the seconds are of the answer, not of loading.
+
+    Raises:
+        UserError: no such model, or one without a chat template.
+    """
+    talk = Conversation(model, system=system)
+    started = time.monotonic()
+    answer = talk.say(
+        prompt,
+        stream=stream,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
+    seconds = time.monotonic() - started
+    return {"model": str(model), "prompt": prompt, "answer": answer, "seconds": seconds}
