@@ -1,0 +1,110 @@
+"""The sections of the page about the measurement: what, how, on which machine."""
+
+import shlex
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from posttrain.report import content, words
+from posttrain.report.html import Child, Markup, tag
+from posttrain.report.parts import Report, exact, facts, row_head, section, table
+
+TERMS = {
+    "NLL": "mean negative log-likelihood of the next token, in nats; perplexity is its exponential",
+    "\u0394NLL": "NLL of the model minus NLL of the reference, token by token on the same windows; "
+    "positive is worse",
+    f"{words.CONFIDENCE} interval": "bootstrap over windows of the paired differences; it covers "
+    "the choice of windows, not other kinds of text",
+    "KL": "Kullback\u2013Leibler divergence of the model's next-token distribution from the "
+    "reference's, in nats, averaged over positions; zero means the same predictions",
+    "Same next token": "share of positions where both models rank the same token first",
+    "Bits per weight": "stored bits over parameters, with scales, zero points and everything that "
+    "stayed in higher precision",
+    "QSNR": "power of a weight matrix over the power of its quantization error, in dB",
+}
+
+
+def method(report: Report) -> Markup:
+    notes = [tag("p", note, class_="note") for note in report.data.get("notes") or () if note]
+    return section(
+        "method",
+        "How this was measured",
+        notes,
+        facts([*_text_facts(report)]),
+        _measured(report),
+        tag("h3", "Terms"),
+        facts(list(TERMS.items())),
+    )
+
+
+def _text_facts(report: Report) -> list[tuple[str, Child]]:
+    found = report.data.get("text")
+    if not isinstance(found, Mapping):
+        return [("Text", found)] if isinstance(found, str) else []
+    tokens, sha = found.get("tokens"), found.get("sha256")
+    return [
+        ("Text", found.get("name")),
+        ("SHA-256", tag("code", sha) if sha else None),
+        ("Tokens", exact(tokens, words.number(tokens, 0)) if content.real(tokens) else None),
+    ]
+
+
+def _count(value: float) -> str:
+    return words.number(value, 0)
+
+
+MEASURED: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("NLL, nats per token", "nll", words.loss),
+    ("computed in", "dtype", str),
+    ("window", "window", _count),
+    ("stride", "stride", _count),
+    ("tokens scored", "tokens", _count),
+    ("time", "seconds", words.seconds),
+    ("tokens per second", "tokens_per_second", _count),
+    ("recipe", "recipe", str),
+)
+
+
+def _measured(report: Report) -> Markup:
+    """How each model was scored: the columns that at least one model has."""
+    columns = [
+        (head, key, say)
+        for head, key, say in MEASURED
+        if any(model.values.get(key) is not None for model in report.models)
+    ]
+    rows = [
+        tag(
+            "tr",
+            row_head(report, model),
+            [tag("td", _measure(model.values.get(key), say)) for _, key, say in columns],
+        )
+        for model in report.models
+    ]
+    return table(["model", *(head for head, _, _ in columns)], rows, "how each model was scored")
+
+
+def _measure(value: Any, say: Callable[[Any], str]) -> Child:
+    if value is None or isinstance(value, (Mapping, list, tuple)):
+        return words.MISSING
+    return exact(value, say(value)) if content.real(value) else str(value)
+
+
+def origin(report: Report) -> Child:
+    """The command and the machine: what it takes to repeat this."""
+    command, machine = report.data.get("command"), report.data.get("machine")
+    if isinstance(command, (list, tuple)):
+        command = shlex.join(map(str, command))
+    known: list[tuple[str, Child]] = [("created", report.data.get("created"))]
+    if isinstance(machine, Mapping):
+        known += [(str(name).replace("_", " "), _plain(value)) for name, value in machine.items()]
+    else:
+        known.append(("machine", machine))
+    if not command and not any(value for _, value in known):
+        return None
+    shown = tag("pre", tag("code", command)) if command else None
+    return section("origin", "To repeat it", shown, facts(known))
+
+
+def _plain(value: Any) -> Child:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,115 @@
+"""What the measurements say, in sentences: computed from the numbers, honest about intervals."""
+
+import math
+from collections.abc import Sequence
+
+from posttrain.report import words
+from posttrain.report.content import Model, Pair
+
+
+def effect(pair: Pair) -> str:
+    """What b's loss does against a's, with its interval: the end of a sentence about b."""
+    if not pair.defined:
+        return "could not be compared: its loss is not a finite number on this text"
+    value, low, high = words.delta(pair.delta, pair.low, pair.high)
+    if not pair.interval:
+        return f"changes the loss by {value} nats per token (too little text for an interval)"
+    interval = f"{words.CONFIDENCE} CI {low} to {high}"
+    if pair.includes_zero:
+        return (
+            f"shows no measurable change in loss: {value} nats per token ({interval}, "
+            f"which includes zero)"
+        )
+    if pair.delta > 0:
+        return f"costs {value} nats per token ({interval})"
+    return f"scores better by {value.lstrip(words.MINUS)} nats per token ({interval})"
+
+
+def cost(pair: Pair) -> str | None:
+    """Bits per weight of b and of a where both are known: 'needs 6.25 bits instead of 32'."""
+    before, after = pair.a.get("bits_per_weight"), pair.b.get("bits_per_weight")
+    if before is None or after is None:
+        return None
+    if before == after:
+        return f"needs the same {words.bits(after)} bits per weight"
+    return f"needs {words.bits(after)} bits per weight instead of {words.bits(before)}"
+
+
+def sentence(pair: Pair) -> str:
+    """The whole verdict about one pair."""
+    parts = [part for part in (cost(pair), effect(pair)) if part]
+    return f"{pair.b.short} {' and '.join(parts)}."
+
+
+def meaning(pair: Pair) -> str | None:
+    """What the difference and its interval allow to say beyond the number itself."""
+    if not pair.defined:
+        return "A loss that is not finite means broken weights or an overflow, not a bad score."
+    if not pair.interval:
+        return "One window of text says little: evaluate on more to learn whether this is chance."
+    rise = _percent(pair.delta)
+    if pair.includes_zero:
+        return (
+            f"No difference was found, which is not proof that there is none: the interval "
+            f"allows a change in perplexity between {_percent(pair.low)} and "
+            f"{_percent(pair.high)}. More text narrows it."
+        )
+    if pair.delta > 0:
+        return (
+            f"Perplexity rises by {rise.lstrip('+')} on this text; the interval excludes zero, "
+            f"so the loss is real here, whether or not it matters for your use."
+        )
+    return (
+        "The interval excludes zero in favour of the smaller model. A copy is rarely better "
+        "than its original in general: check it on other text before relying on it."
+        if _smaller(pair)
+        else "The interval excludes zero: the gain is real on this text."
+    )
+
+
+def _percent(delta: float) -> str:
+    share = math.expm1(min(delta, 50.0))
+    return words.percent(share, words.decimals_for(100 * abs(share), least=1, most=3), signed=True)
+
+
+def _smaller(pair: Pair) -> bool:
+    before, after = pair.a.get("bits_per_weight"), pair.b.get("bits_per_weight")
+    return before is not None and after is not None and after < before
+
+
+def headline(models: Sequence[Model], pairs: Sequence[Pair]) -> str:
+    """The one line that a reader takes home. `pairs` are those against the reference."""
+    if not pairs:
+        return _alone(models)
+    if len(pairs) == 1:
+        return sentence(pairs[0])
+    sound = [pair for pair in pairs if pair.defined]
+    lead = f"{len(pairs)} models against {pairs[0].a.short}"
+    if not sound:
+        return f"{lead}: none could be compared."
+    closest = min(sound, key=lambda pair: pair.delta)
+    sized = [pair for pair in sound if pair.b.get("bits_per_weight") is not None]
+    said = f"{closest.b.short} loses least ({_brief(closest)})"
+    if not sized:
+        return f"{lead}: {said}."
+    smallest = min(sized, key=lambda pair: pair.b.get("bits_per_weight") or 0.0)
+    if smallest is closest:
+        return f"{lead}: {closest.b.short} is the smallest and loses least ({_brief(closest)})."
+    return f"{lead}: {said}, {smallest.b.short} is smallest ({_brief(smallest)})."
+
+
+def _brief(pair: Pair) -> str:
+    value = words.delta(pair.delta, pair.low, pair.high)[0] + " nats"
+    if pair.includes_zero:
+        value += ", interval includes zero"
+    at = pair.b.get("bits_per_weight")
+    return value if at is None else f"{words.bits(at)} bits, {value}"
+
+
+def _alone(models: Sequence[Model]) -> str:
+    if len(models) == 1:
+        model = models[0]
+        at = model.get("bits_per_weight")
+        size = "" if at is None else f" at {words.bits(at)} bits per weight"
+        return f"{model.short} has perplexity {words.number(model.get('perplexity'))}{size}."
+    return f"{len(models)} models, measured one by one."

@@ -1,0 +1,162 @@
+"""Comparisons of the shape that `compare` returns, made up from a seed: realistic numbers without
+a model."""
+
+import hashlib
+import math
+import random
+from typing import Any
+
+KINDS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+EDGES = [0, 1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 511]
+# name, bits per weight, delta-NLL, half width of its interval, KL, agreement, QSNR of the weights
+REFERENCE = ("demo", 32.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+SMALL = (
+    ("build/demo-w8a8", 8.25, 0.0004, 0.0011, 0.0009, 0.985, 45.0),
+    ("build/demo-w6a8", 6.27, 0.0043, 0.0019, 0.0051, 0.967, 33.1),
+    ("build/demo-w4a16-gptq", 4.27, 0.0312, 0.0050, 0.038, 0.902, 20.8),
+    ("build/demo-mxfp4", 4.26, 0.1281, 0.0101, 0.131, 0.818, 18.2),
+    ("build/demo-nvfp4", 4.51, 0.0718, 0.0077, 0.077, 0.861, 20.1),
+)
+STORY = (
+    "The tide had already turned when Mara reached the harbour. She counted the boats twice, "
+    "as her mother had taught her, and both times she came out one short. "
+)
+
+
+def layers(
+    blocks: int,
+    qsnr: float,
+    rng: random.Random,
+    kinds: tuple[str, ...] = KINDS,
+) -> list[dict[str, Any]]:
+    """A quantized linear for each block and kind; down projections a little worse."""
+    return [
+        {
+            "name": f"model.layers.{block}.{kind}",
+            "weight": "int6 | fp16/g64",
+            "input": "int8h | fp32/row",
+            "bits_per_weight": 6.25,
+            "qsnr": qsnr + rng.gauss(0, 0.5) - 2.5 * (kind == "mlp.down_proj" and block % 9 == 1),
+        }
+        for block in range(blocks)
+        for kind in kinds
+    ]
+
+
+def position(loss: float, rng: random.Random) -> dict[str, list[float]]:
+    mean = [loss + 4.5 * math.exp(-0.55 * i) + rng.gauss(0, 0.02) for i in range(len(EDGES) - 1)]
+    half = [0.5 * math.exp(-0.25 * i) + 0.05 for i in range(len(mean))]
+    return {
+        "mean": mean,
+        "low": [m - h for m, h in zip(mean, half, strict=True)],
+        "high": [m + h for m, h in zip(mean, half, strict=True)],
+    }
+
+
+def comparison(
+    small: int = 1,
+    blocks: int = 30,
+    seed: int = 0,
+    chosen: tuple = (),
+) -> dict[str, Any]:
+    """The reference and `small` quantized models (or the `chosen` rows) with `blocks` blocks."""
+    rng = random.Random(seed)
+    rows = [REFERENCE, *(chosen or SMALL[1:2] if small == 1 else SMALL[:small])]
+    models, pairs, positions = [], [], {}
+    for name, bits, delta, half, kl, agreement, qsnr in rows:
+        nll = 2.9127 + delta
+        model = {
+            "model": name,
+            "nll": nll,
+            "perplexity": math.exp(nll),
+            "tokens": 32704,
+            "bits_per_weight": bits,
+            "bytes": int(134_515_008 * bits / 8),
+            "window": 512,
+            "stride": 512,
+            "dtype": "float32",
+            "seconds": 61.3,
+            "tokens_per_second": 533.5,
+        }
+        if bits < 32:
+            model["layers"] = layers(blocks, qsnr, rng)
+            model["block_sensitivity"] = [
+                {"block": b, "kl": kl / 9 * rng.lognormvariate(0, 0.6)} for b in range(blocks)
+            ]
+            model["recipe"] = name.rsplit("demo-", 1)[-1]
+            pairs.append(
+                {
+                    "a": "demo",
+                    "b": name,
+                    "delta_nll": delta,
+                    "ci_low": delta - half,
+                    "ci_high": delta + half,
+                    "kl": kl,
+                    "greedy_agreement": agreement,
+                }
+            )
+        models.append(model)
+        positions[name] = position(nll, rng)
+    return {
+        "models": models,
+        "pairs": pairs if small else [],
+        **about(),
+        "position_nll": {"edges": EDGES, "models": positions},
+        "generations": generations([row[0] for row in rows]),
+    }
+
+
+def generations(names: list[str]) -> list[dict[str, Any]]:
+    ends = [
+        "So she walked to the end of the pier and waited.",
+        "So she walked to the end of the jetty and waited for the light.",
+        "So she went home.",
+        "Nobody else had noticed.",
+        "The sea said nothing.",
+        "",
+    ]
+    return [
+        {
+            "prompt": "Write the first lines of a story about a harbour.",
+            "outputs": {name: STORY + ends[i % len(ends)] for i, name in enumerate(names)},
+        },
+        {
+            "prompt": "What is 7 times 6? Answer with a number.",
+            "outputs": {
+                name: "42" if i < 2 else "7 times 6 is 42.\n\n```python\n7 * 6\n```"
+                for i, name in enumerate(names)
+            },
+        },
+    ]
+
+
+def about() -> dict[str, Any]:
+    return {
+        "text": {
+            "name": "wikitext2 test_raw",
+            "tokens": 32704,
+            "sha256": hashlib.sha256(b"text").hexdigest(),
+        },
+        "notes": [
+            "The weights of demo were stored in 4 bits with groups of 32 before: 4-bit "
+            "results on it flatter anything that lands on the same grid."
+        ],
+        "command": "posttrain compare demo build/demo-w6a8 --text wiki.txt --window 512 "
+        "--max-tokens 32768 --out report.html",
+        "machine": {
+            "cpu": "Intel Xeon, 2 cores",
+            "memory": "7.6 GiB",
+            "python": "3.11.7",
+            "torch": "2.13.0",
+            "posttrain": "0.1.0",
+        },
+        "created": "2026-03-02T10:11:12Z",
+    }
