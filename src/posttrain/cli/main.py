@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{error.filename or 'output'}: {error.strerror}", 2, as_json)
     except KeyboardInterrupt:
         return _fail(f"interrupted{_how_to_resume(argv)}", 130, as_json)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (the outermost frame: nothing gets past it)
         return _defect(error, as_json)
 
 

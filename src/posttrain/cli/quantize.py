@@ -80,13 +80,10 @@ def call(args: argparse.Namespace) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> str:
     peak, predicted = result["peak_rss_bytes"], result["predicted_peak_bytes"]
+    done, total = bytes_text(result["bytes_quantized"]), bytes_text(result["bytes_total"])
     lines = [
         ("bits per weight", f"{number(result['bits_per_weight'], 2)} over the whole model"),
-        (
-            "quantized",
-            f"{bytes_text(result['bytes_quantized'])} of "
-            f"{bytes_text(result['bytes_total'])} on disk",
-        ),
+        ("quantized", f"{done} of {total} on disk"),
         ("signal to noise", quality(result["layers"])),
         ("time", seconds_text(result["seconds"])),
         ("peak memory", f"{bytes_text(peak)} (predicted {bytes_text(predicted)})"),

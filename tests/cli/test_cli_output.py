@@ -1,0 +1,176 @@
+"""What reaches standard output and which status: for machines, for people, when things fail."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from posttrain.cli import main
+from posttrain.cli.output import bytes_text, number, plain, seconds_text, table
+from posttrain.errors import UserError
+
+LINES = {
+    "quantize": ["quantize", "m", "-o", "o"],
+    "evaluate": ["evaluate", "m"],
+    "compare": ["compare", "m", "n"],
+    "chat": ["chat", "m", "--prompt", "p"],
+    "run": ["run", "demo"],
+}
+# The keys that other programs rely on; they keep their names for ever.
+EVALUATE_KEYS = {"model", "nll", "perplexity", "tokens", "bits_per_weight", "bytes"}
+
+
+@pytest.mark.parametrize("verb", LINES)
+def test_json_is_one_object_whatever_is_printed_meanwhile(verb, fakes, posttrain_json):
+    def noisy(**_):
+        print("a library prints")
+        sys.stdout.write("and writes")
+        os.write(1, b"and so does C\n")
+        subprocess.run([sys.executable, "-c", "print('and a child')"], check=True)
+
+    fakes.replace(verb, noisy)
+    status, result, err = posttrain_json(*LINES[verb])  # json.loads fails on anything more
+    assert status == 0
+    assert isinstance(result, dict) and "error" not in result
+    for words in ("a library prints", "and writes", "and so does C", "and a child"):
+        assert words in err
+
+
+@pytest.mark.parametrize("verb", ["recipes", "doctor"])
+def test_json_of_verbs_without_a_function(verb, posttrain_json):
+    status, result, _ = posttrain_json(verb)
+    assert status == 0 and result
+
+
+@pytest.mark.parametrize("verb", LINES)
+def test_people_get_text(verb, fakes, capsys):
+    assert main(LINES[verb]) == 0
+    out = capsys.readouterr().out
+    assert "{" not in out
+    assert out.strip() or verb == "chat"  # chat prints while it answers
+
+
+def test_json_has_no_nan(fakes, posttrain_json):
+    fakes.replace("evaluate", lambda **_: {"nll": math.nan, "perplexity": math.inf, "tokens": 0})
+    _, result, _ = posttrain_json("evaluate", "m")
+    assert result == {"nll": None, "perplexity": None, "tokens": 0}
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("verb", LINES)
+def test_user_errors_are_one_line_and_status_2(verb, as_json, fakes, capfd):
+    def fails(**_):
+        raise UserError("mine.yaml:3: unknown key 'laeyrs'; did you mean 'layers'?")
+
+    fakes.replace(verb, fails)
+    assert main([*LINES[verb], *(["--json"] if as_json else [])]) == 2
+    out, err = capfd.readouterr()
+    assert err == "posttrain: error: mine.yaml:3: unknown key 'laeyrs'; did you mean 'layers'?\n"
+    assert (json.loads(out) if as_json else out) == (
+        {"error": "mine.yaml:3: unknown key 'laeyrs'; did you mean 'layers'?"} if as_json else ""
+    )
+
+
+@pytest.mark.parametrize("verb", ["quantize", "run"])
+def test_interruption_says_how_to_resume(verb, fakes, capfd):
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    fakes.replace(verb, interrupted)
+    assert main(LINES[verb]) == 130
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert "same command again" in err
+
+
+def test_defects_keep_their_traceback(fakes, posttrain_json):
+    fakes.replace("evaluate", lambda **_: [][1])
+    status, result, err = posttrain_json("evaluate", "m")
+    assert status == 1
+    assert "IndexError" in result["error"]
+    assert "Traceback" in err and "[][1]" in err
+
+
+def test_a_full_disk_is_for_the_user_to_mend(fakes, capfd):
+    def full(**_):
+        raise OSError(28, "No space left on device", "small/model.safetensors")
+
+    fakes.replace("quantize", full)
+    assert main(LINES["quantize"]) == 2
+    assert capfd.readouterr().err == (
+        "posttrain: error: small/model.safetensors: No space left on device\n"
+    )
+
+
+@pytest.mark.parametrize("words", [["recipes"], ["recipes", "--json"], ["--help"]])
+def test_a_reader_that_goes_away_is_no_error(words):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "posttrain", *words]
+    with os.fdopen(writer, "w") as out:
+        ended = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.stderr == ""
+    assert ended.returncode == 141
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        (np.float32(0.5), 0.5),
+        (np.int64(3), 3),
+        (torch.tensor([1.0, math.nan]), [1.0, None]),
+        (Path("a/b"), "a/b"),
+        ((1, (2.0, -math.inf)), [1, [2.0, None]]),
+        ({1: True, "k": {"n": np.bool_(False)}}, {"1": True, "k": {"n": False}}),
+    ],
+)
+def test_plain(value, wanted):
+    assert plain(value) == wanted
+    assert json.loads(json.dumps(plain(value), allow_nan=False)) == wanted
+
+
+def test_plain_refuses_what_json_cannot_say():
+    with pytest.raises(TypeError, match="object"):
+        plain({"a": object()})
+
+
+def test_table_aligns_numbers_right_and_text_left():
+    rows = [("model", "bits", "note"), ("a", "32.00", "x"), ("long", "6.25", "-")]
+    assert table(rows).splitlines() == [
+        "model   bits  note",
+        "a      32.00  x",
+        "long    6.25  -",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (number(1.23456), "1.2346"),
+        (number(0.01, 3, sign=True), "+0.010"),
+        (number(None), "-"),
+        (number(math.nan), "-"),
+        (bytes_text(134_500_000), "134.5 MB"),
+        (bytes_text(2_147_483_648), "2.15 GB"),
+        (bytes_text(12), "12 B"),
+        (bytes_text(None), "-"),
+        (seconds_text(59.94), "59.9 s"),
+        (seconds_text(245), "4 min 05 s"),
+    ],
+)
+def test_numbers_as_people_read_them(text, wanted):
+    assert text == wanted
+
+
+def test_recipes_show_prints_the_file_as_it_is(capsys):
+    assert main(["recipes", "show", "w6a8"]) == 0
+    import posttrain
+
+    path = Path(posttrain.__file__).parent / "recipes" / "w6a8.yaml"
+    assert capsys.readouterr().out == path.read_text()
