@@ -1,0 +1,104 @@
+"""Hidden states between decoder blocks: in memory within a budget, on disk past it.
+
+Cached block inputs, not weights, decide the memory of a calibrated run (samples x window x hidden
+size x 4 bytes). Past `budget` they live in two files used in turn, read and written a batch at a
+time with plain file calls: a memory map would count as resident memory.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+
+class ActivationStore:
+    """`[samples, window, hidden]` float32 block inputs, read and replaced a batch at a time.
+
+    `put` writes the next block's inputs; `advance` makes them the current ones. `snapshot` makes
+    the current ones survive a crash and `restore` brings them back, whatever the budget was when
+    they were written.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int], budget: int) -> None:
+        self.folder, self.shape = folder, shape
+        self.nbytes = 4 * shape[0] * shape[1] * shape[2]
+        self.spilled = self.nbytes > budget
+        self._parity = 0
+        self._memory = None if self.spilled else torch.empty(shape)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _file(self, parity: int) -> Path:
+        return self.folder / f"activations-{parity}.bin"
+
+    def get(self, start: int, stop: int) -> torch.Tensor:
+        """Current inputs of samples `start..stop`, a copy."""
+        if self._memory is not None:
+            return self._memory[start:stop].clone()
+        batch = torch.empty((stop - start, *self.shape[1:]))
+        with self._file(self._parity).open("rb", buffering=0) as file:
+            file.seek(start * self._row_bytes)
+            _read_exactly(file, memoryview(batch.numpy()).cast("B"))
+        return batch
+
+    def put(self, start: int, batch: torch.Tensor) -> None:
+        """Store the next block's inputs of the samples from `start` on."""
+        batch = batch.detach().to(torch.float32).contiguous()
+        if self._memory is not None:
+            # In place is safe: a batch is written only after it was read for the same block.
+            self._memory[start : start + batch.shape[0]] = batch
+            return
+        path = self._file(1 - self._parity)
+        path.touch()
+        with path.open("r+b", buffering=0) as file:
+            file.seek(start * self._row_bytes)
+            file.write(memoryview(batch.numpy()).cast("B"))
+
+    def advance(self) -> None:
+        self._parity = 1 - self._parity
+
+    def snapshot(self, index: int) -> str:
+        """Make the inputs of block `index` durable; the returned file name restores them."""
+        if self._memory is None:
+            path = self._file(self._parity)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            return path.name
+        path = self.folder / f"inputs-of-block-{index}.bin"
+        with path.open("wb", buffering=0) as file:
+            for sample in self._memory:
+                file.write(memoryview(sample.numpy()).cast("B"))
+            os.fsync(file.fileno())
+        return path.name
+
+    def restore(self, name: str) -> bool:
+        """Bring a snapshot back; False when its file is missing or has another size."""
+        path = self.folder / name
+        if not path.is_file() or path.stat().st_size != self.nbytes:
+            return False
+        if self._memory is None:
+            if path.name not in (self._file(0).name, self._file(1).name):
+                path = path.replace(self._file(0))
+            self._parity = int(path == self._file(1))
+            return True
+        with path.open("rb", buffering=0) as file:
+            for sample in self._memory:
+                _read_exactly(file, memoryview(sample.numpy()).cast("B"))
+        return True
+
+    def forget_older(self, name: str) -> None:
+        """Delete the snapshots that `name` replaces."""
+        for path in self.folder.glob("inputs-of-block-*.bin"):
+            if path.name != name:
+                path.unlink()
+
+    @property
+    def _row_bytes(self) -> int:
+        return 4 * self.shape[1] * self.shape[2]
+
+
+def _read_exactly(file, view: memoryview) -> None:
+    while view.nbytes:
+        count = file.readinto(view)
+        if not count:
+            raise OSError(f"{file.name} is shorter than expected")
+        view = view[count:]

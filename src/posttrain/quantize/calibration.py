@@ -1,0 +1,80 @@
+"""Second moments of what each linear sees, gathered while a block runs."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass
+class InputMoments:
+    """Sum of x x^T over tokens: `gram` is [in, in] float32, `tokens` counts them.
+
+    `memo` keeps what a solver derives from them, for the linears that share this input.
+    """
+
+    gram: torch.Tensor
+    tokens: int = 0
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add the rows of x [..., in]."""
+        rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
+        self.gram.addmm_(rows.T, rows)
+        self.tokens += rows.shape[0]
+
+
+@dataclass
+class MomentCollector:
+    """Hooks the linears of one block; linears fed by the same tensor share one accumulator.
+
+    Args:
+        linears: full name -> module.
+        prepare: full name -> what is done to an input before it counts (activation
+            quantization), so that the solver minimises the error of the product that will run.
+    """
+
+    linears: Mapping[str, nn.Module]
+    prepare: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
+    moments: dict[str, InputMoments] = field(default_factory=dict)
+    owner: dict[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Collect during every forward of the block inside this context."""
+        seen: list[tuple[str, torch.Tensor]] = []
+        handles = [
+            module.register_forward_pre_hook(self._hook(name, seen))
+            for name, module in self.linears.items()
+            if self.owner.get(name, name) == name
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str, seen: list[tuple[str, torch.Tensor]]):
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0]
+            if name not in self.owner:
+                # `seen` keeps the tensors alive, so identity is not fooled by reused memory.
+                self.owner[name] = next((other for other, y in seen if y is x), name)
+                seen.append((name, x))
+            if self.owner[name] == name:
+                self._accumulate(name, x)
+
+        return hook
+
+    def _accumulate(self, name: str, x: torch.Tensor) -> None:
+        if name not in self.moments:
+            self.moments[name] = InputMoments(torch.zeros(x.shape[-1], x.shape[-1]))
+        prepare = self.prepare.get(name)
+        self.moments[name].add(prepare(x) if prepare else x)
+
+    def of(self, name: str) -> InputMoments | None:
+        """Moments of the input of linear `name`; None if it never ran."""
+        return self.moments.get(self.owner.get(name, name))

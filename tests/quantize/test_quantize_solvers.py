@@ -1,0 +1,173 @@
+"""Solvers: what each minimises, against plain references."""
+
+import pytest
+import torch
+
+from posttrain.errors import UserError
+from posttrain.numbers import Spec, quantize
+from posttrain.quantize.calibration import InputMoments, MomentCollector
+from posttrain.quantize.solvers import GPTQ, RTN, SOLVERS, MSEGrid, block_sum, make_solver
+
+SPECS = [
+    "int4 | fp16/g32",
+    "int3 | fp16/g16",
+    "int4z | fp16/g32",
+    "int2 | fp32/row",
+    "int4 | fp32/tensor",
+    "int4 | fp16/g48",  # does not divide 128: the last group is padded
+    "e2m1 | fp16/g32",
+    "mxfp4",
+    "nvfp4",
+    "nf4",
+    "nf4-dq",
+]
+ROWS, COLUMNS = 24, 128
+
+
+def silent(message: str) -> None:
+    """A log that nobody reads."""
+
+
+def problem(seed: int, tokens: int = 512) -> tuple[torch.Tensor, torch.Tensor, InputMoments]:
+    """A weight, correlated inputs with a few large channels, and their moments."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(ROWS, COLUMNS, generator=generator)
+    mix = torch.randn(COLUMNS, COLUMNS, generator=generator) / COLUMNS**0.5
+    x = torch.randn(tokens, COLUMNS, generator=generator) @ (mix + torch.eye(COLUMNS))
+    x[:, ::17] *= 5
+    moments = InputMoments(torch.zeros(COLUMNS, COLUMNS))
+    moments.add(x)
+    return weight, x, moments
+
+
+def output_error(x: torch.Tensor, weight: torch.Tensor, approximation: torch.Tensor) -> float:
+    return float((x @ (weight - approximation).T).square().sum())
+
+
+@pytest.mark.parametrize("text", SPECS)
+@pytest.mark.parametrize("solver", [GPTQ(), GPTQ(actorder=True), GPTQ(clip="mse")])
+def test_gptq_lowers_the_output_error(text, solver):
+    for seed in range(3):
+        weight, x, moments = problem(seed)
+        spec = Spec.parse(text)
+        rounded = RTN().solve(weight, spec, None, silent).dequantize()
+        solved = solver.solve(weight, spec, moments, silent)
+        assert solved.codes.shape == weight.shape
+        assert output_error(x, weight, solved.dequantize()) < 0.9 * output_error(x, weight, rounded)
+
+
+@pytest.mark.parametrize("text", SPECS)
+@pytest.mark.parametrize("actorder", [False, True])
+def test_gptq_on_white_inputs_is_rounding(text, actorder):
+    """With an identity Hessian no error has anywhere to go."""
+    weight, _, _ = problem(0)
+    moments = InputMoments(torch.eye(COLUMNS), tokens=1)
+    spec = Spec.parse(text)
+    solved = GPTQ(actorder=actorder).solve(weight, spec, moments, silent)
+    assert torch.equal(solved.dequantize(), quantize(weight, spec).dequantize())
+
+
+def textbook_gptq(weight: torch.Tensor, hessian: torch.Tensor, group: int) -> torch.Tensor:
+    """Column by column with the whole remaining weight updated at once, in float64, INT4."""
+    weight, hessian = weight.double().clone(), hessian.double()
+    hessian = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
+    upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    result = torch.zeros_like(weight)
+    for j in range(weight.shape[1]):
+        if j % group == 0:
+            block = weight[:, j : j + group].float()
+            scale = (block.abs().amax(1) / 7).half().double()
+        result[:, j] = (weight[:, j] / scale).round().clamp(-7, 7) * scale
+        error = (weight[:, j] - result[:, j]) / upper[j, j]
+        weight[:, j + 1 :] -= error[:, None] * upper[j, j + 1 :]
+    return result.float()
+
+
+@pytest.mark.parametrize("lazy", [1, 16, 100, 128])
+@pytest.mark.parametrize("group", [16, 32, 64])
+def test_gptq_is_the_textbook_algorithm(lazy, group):
+    """Lazy batches and refitted groups change speed only (a few ties may fall the other way)."""
+    weight, _, moments = problem(1)
+    expected = textbook_gptq(weight, moments.gram / moments.tokens, group)
+    spec = Spec.parse(f"int4 | fp16/g{group}")
+    solved = GPTQ(lazy=lazy).solve(weight, spec, moments, silent).dequantize()
+    assert (solved != expected).float().mean() < 0.01
+
+
+def test_gptq_without_a_single_token_says_so_and_rounds():
+    weight, _, _ = problem(0)
+    spec = Spec.parse("int4 | fp16/g32")
+    said: list[str] = []
+    solved = GPTQ().solve(weight, spec, None, said.append)
+    assert torch.equal(solved.codes, quantize(weight, spec).codes)
+    assert "no calibration token" in said[0]
+
+
+def test_gptq_raises_damping_on_a_degenerate_hessian_and_says_so():
+    weight, _, _ = problem(0)
+    direction = torch.ones(COLUMNS, 1)
+    moments = InputMoments(direction @ direction.T, tokens=1)
+    moments.gram[0, 0] -= 0.5  # indefinite: no small damping repairs it
+    said: list[str] = []
+    GPTQ(damping=1e-6).solve(weight, Spec.parse("int4 | fp16/g32"), moments, said.append)
+    assert any("retrying" in message for message in said)
+
+
+def test_gptq_refuses_inputs_that_are_not_finite():
+    weight, _, moments = problem(0)
+    moments.gram[4, 3] = float("nan")
+    with pytest.raises(UserError, match="NaN"):
+        GPTQ().solve(weight, Spec.parse("int4 | fp16/g32"), moments, silent)
+
+
+def test_dead_inputs_are_rounded_like_any_other():
+    weight, x, _ = problem(2)
+    x[:, 40:50] = 0
+    moments = InputMoments(torch.zeros(COLUMNS, COLUMNS))
+    moments.add(x)
+    spec = Spec.parse("int8 | fp32/row")
+    solved = GPTQ().solve(weight, spec, moments, silent).codes
+    assert torch.equal(solved[:, 40:50], quantize(weight, spec).codes[:, 40:50])
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_mse_grid_lowers_the_error_of_every_block(text):
+    weight, _, _ = problem(3)
+    spec = Spec.parse(text)
+    partition = spec.factors[0].partition
+    plain = (weight - RTN().solve(weight, spec, None, silent).dequantize()).square()
+    searched = (weight - MSEGrid().solve(weight, spec, None, silent).dequantize()).square()
+    assert searched.sum() <= plain.sum()
+    if len(spec.factors) == 1 and spec.factors[0].nested is None:
+        assert (block_sum(searched, partition) <= block_sum(plain, partition) * (1 + 1e-6)).all()
+
+
+def test_linears_with_one_input_share_their_moments():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.o = (torch.nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            return self.o(self.q(x) + self.k(x))
+
+    block = Block()
+    collector = MomentCollector({"q": block.q, "k": block.k, "o": block.o})
+    x = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for batch in x.split(1):
+            with collector.listening():
+                block(batch)
+        rows, seen = x.reshape(-1, 8), block.q(x) + block.k(x)
+    assert collector.of("q") is collector.of("k") is not collector.of("o")
+    assert collector.of("q").tokens == 20
+    torch.testing.assert_close(collector.of("q").gram, rows.T @ rows)
+    rows = seen.reshape(-1, 8)
+    torch.testing.assert_close(collector.of("o").gram, rows.T @ rows)
+
+
+def test_options_are_checked_by_name():
+    assert make_solver("gptq", actorder=True) == GPTQ(actorder=True)
+    assert set(SOLVERS) == {"rtn", "mse", "gptq"}
+    with pytest.raises(UserError, match="did you mean 'gptq'"):
+        make_solver("gptqq")
