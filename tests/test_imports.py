@@ -11,10 +11,32 @@ import posttrain
 
 PACKAGE = Path(posttrain.__file__).parent
 # From the ground up. A room may import itself and the rooms before it.
-ORDER = ["errors", "numbers", "kernels", "models", "lm", "data", "evaluate", "report", "quantize",
-         "recipe", "cli"]  # fmt: skip
-HEAVY = {"torch", "transformers", "numpy", "safetensors", "gguf", "huggingface_hub", "yaml",
-         "tqdm", "psutil", "compressed_tensors", "jinja2"}  # fmt: skip
+ORDER = [
+    "errors",
+    "numbers",
+    "kernels",
+    "models",
+    "lm",
+    "data",
+    "evaluate",
+    "report",
+    "quantize",
+    "recipe",
+    "cli",
+]
+HEAVY = {
+    "torch",
+    "transformers",
+    "numpy",
+    "safetensors",
+    "gguf",
+    "huggingface_hub",
+    "yaml",
+    "tqdm",
+    "psutil",
+    "compressed_tensors",
+    "jinja2",
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -324,29 +324,31 @@ def _check_options(kind: str, options: dict[str, Any], here: dict[str, str], at:
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a YAML value suits a type hint; hints this does not know suit everything."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in inner)
-    if origin is typing.Literal:
-        return value in inner
-    if origin is not None:
-        hint = origin
-    if hint in (str, Path):
-        return isinstance(value, str)
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    if hint in (bool, list, dict):
-        return isinstance(value, hint)
-    if hint is type(None):
-        return value is None
-    if inspect.isclass(hint) and issubclass(list, hint):  # Sequence, Iterable
-        return isinstance(value, list)
-    return True
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    return any(_is(value, kind) for kind in _kinds(hint))
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """The alternatives of a hint as the types YAML has: Path is text, any sequence a list."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [kind for inner in typing.get_args(hint) for kind in _kinds(inner)]
+    kind = typing.get_origin(hint) or hint
+    if kind is Path:
+        return [str]
+    if inspect.isclass(kind) and kind not in (str, object) and issubclass(list, kind):
+        return [list]
+    return [kind]
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind) if kind in (*_WORDS, type(None)) else True
 
 
 _WORDS = {
     str: "text",
-    Path: "text",
     int: "a whole number",
     float: "a number",
     bool: "true or false",
@@ -356,12 +358,9 @@ _WORDS = {
 
 
 def _words(hint: Any) -> str:
-    options = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
-        return " or ".join(map(str, options))
-    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
-        options = (hint,)
-    known = [_WORDS.get(typing.get_origin(o) or o, str(o)) for o in options if o is not type(None)]
+        return " or ".join(map(str, typing.get_args(hint)))
+    known = [_WORDS.get(kind, str(kind)) for kind in _kinds(hint) if kind is not type(None)]
     return " or ".join(dict.fromkeys(known))
 
 

@@ -10,24 +10,42 @@ import posttrain
 from posttrain.cli import main
 
 EVALUATED = {
-    "model": "m", "nll": 2.5, "perplexity": 12.18, "tokens": 100, "bits_per_weight": 6.25,
+    "model": "m",
+    "nll": 2.5,
+    "perplexity": 12.18,
+    "tokens": 100,
+    "bits_per_weight": 6.25,
     "bytes": 1000,
-}  # fmt: skip
+}
 RESULTS: dict[str, dict[str, Any]] = {
     "quantize": {
-        "out": "o", "bits_per_weight": 6.25, "bytes_quantized": 900, "bytes_total": 1000,
-        "seconds": 1.0, "peak_rss_bytes": 10**9, "predicted_peak_bytes": 10**9,
+        "out": "o",
+        "bits_per_weight": 6.25,
+        "bytes_quantized": 900,
+        "bytes_total": 1000,
+        "seconds": 1.0,
+        "peak_rss_bytes": 10**9,
+        "predicted_peak_bytes": 10**9,
         "layers": [{"name": "model.layers.0.mlp.up_proj", "qsnr": 31.0}],
     },
     "evaluate": EVALUATED,
     "compare": {
         "models": [EVALUATED, {**EVALUATED, "model": "n"}],
-        "pairs": [{"a": "m", "b": "n", "delta_nll": 0.01, "ci_low": 0.0, "ci_high": 0.02,
-                   "kl": 0.003, "greedy_agreement": 0.97}],
+        "pairs": [
+            {
+                "a": "m",
+                "b": "n",
+                "delta_nll": 0.01,
+                "ci_low": 0.0,
+                "ci_high": 0.02,
+                "kl": 0.003,
+                "greedy_agreement": 0.97,
+            }
+        ],
     },
     "chat": {"model": "m", "prompt": "p", "answer": "a", "seconds": 1.0},
     "run": {"recipe": "r", "out": "o", "seconds": 1.0, "stages": []},
-}  # fmt: skip
+}
 
 
 class Fakes:

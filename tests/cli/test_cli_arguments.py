@@ -16,27 +16,88 @@ from posttrain.errors import UserError
 
 # (command line, function, arguments that must arrive)
 PLUMBING = [
-    ("quantize m -o o", "quantize", {"model": "m", "out": "o", "recipe": "w6a8", "chat": None,
-                                     "resume": True, "overwrite": False, "progress": True}),
-    ("quantize m -o o --recipe r.yaml --solver gptq --calibration t.jsonl --samples 7 --window 64"
-     " --chat --memory-budget 1.5 --seed 3 --no-resume --overwrite --quiet", "quantize",
-     {"recipe": "r.yaml", "solver": "gptq", "calibration": "t.jsonl", "samples": 7, "window": 64,
-      "chat": True, "memory_budget": 1.5, "seed": 3, "resume": False, "overwrite": True,
-      "progress": False}),
-    ("evaluate m", "evaluate", {"model": "m", "text": None, "window": 512, "stride": None,
-                                "max_tokens": None, "records": None}),
-    ("evaluate m --text t.txt --window 32 --stride 16 --max-tokens 99 --dtype bfloat16"
-     " --records r.jsonl", "evaluate",
-     {"text": "t.txt", "window": 32, "stride": 16, "max_tokens": 99, "dtype": "bfloat16",
-      "records": "r.jsonl"}),
-    ("compare a b c -o r.html --kl topk --top-k 5 --sensitivity --no-generations", "compare",
-     {"models": ["a", "b", "c"], "out": "r.html", "kl": "topk", "top_k": 5, "sensitivity": True,
-      "generations": False}),
-    ("chat m --prompt hello --system s --temperature 0.5 --top-p 0.9 --max-new-tokens 4 --seed 2",
-     "chat", {"prompt": "hello", "system": "s", "temperature": 0.5, "top_p": 0.9,
-              "max_new_tokens": 4, "seed": 2}),
+    (
+        "quantize m -o o",
+        "quantize",
+        {
+            "model": "m",
+            "out": "o",
+            "recipe": "w6a8",
+            "chat": None,
+            "resume": True,
+            "overwrite": False,
+            "progress": True,
+        },
+    ),
+    (
+        """quantize m -o o --recipe r.yaml --solver gptq --calibration t.jsonl --samples 7
+        --window 64 --chat --memory-budget 1.5 --seed 3 --no-resume --overwrite --quiet""",
+        "quantize",
+        {
+            "recipe": "r.yaml",
+            "solver": "gptq",
+            "calibration": "t.jsonl",
+            "samples": 7,
+            "window": 64,
+            "chat": True,
+            "memory_budget": 1.5,
+            "seed": 3,
+            "resume": False,
+            "overwrite": True,
+            "progress": False,
+        },
+    ),
+    (
+        "evaluate m",
+        "evaluate",
+        {
+            "model": "m",
+            "text": None,
+            "window": 512,
+            "stride": None,
+            "max_tokens": None,
+            "records": None,
+        },
+    ),
+    (
+        """evaluate m --text t.txt --window 32 --stride 16 --max-tokens 99 --dtype bfloat16
+        --records r.jsonl""",
+        "evaluate",
+        {
+            "text": "t.txt",
+            "window": 32,
+            "stride": 16,
+            "max_tokens": 99,
+            "dtype": "bfloat16",
+            "records": "r.jsonl",
+        },
+    ),
+    (
+        "compare a b c -o r.html --kl topk --top-k 5 --sensitivity --no-generations",
+        "compare",
+        {
+            "models": ["a", "b", "c"],
+            "out": "r.html",
+            "kl": "topk",
+            "top_k": 5,
+            "sensitivity": True,
+            "generations": False,
+        },
+    ),
+    (
+        "chat m --prompt hello --system s --temperature 0.5 --top-p 0.9 --max-new-tokens 4 --seed 2",
+        "chat",
+        {
+            "prompt": "hello",
+            "system": "s",
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "max_new_tokens": 4,
+            "seed": 2,
+        },
+    ),
     ("run demo -o o --overwrite", "run", {"recipe": "demo", "out": "o", "overwrite": True}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("line", "verb", "wanted"), PLUMBING)

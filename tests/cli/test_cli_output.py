@@ -90,11 +90,11 @@ def test_interruption_says_how_to_resume(verb, fakes, capfd):
 
 
 def test_defects_keep_their_traceback(fakes, posttrain_json):
-    fakes.replace("evaluate", lambda **_: [][1])
+    fakes.replace("evaluate", lambda **_: {}["defect"])
     status, result, err = posttrain_json("evaluate", "m")
     assert status == 1
-    assert "IndexError" in result["error"]
-    assert "Traceback" in err and "[][1]" in err
+    assert "KeyError" in result["error"]
+    assert "Traceback" in err and '{}["defect"]' in err
 
 
 def test_a_full_disk_is_for_the_user_to_mend(fakes, capfd):
