@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from posttrain.errors import UserError
+from posttrain.models.shards import OpenFiles
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Entry:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    build: Callable[[], torch.Tensor]
+    build: Callable[[OpenFiles], torch.Tensor]
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +71,8 @@ class Source:
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Read tensors into fresh memory. Files are opened for this call only and never mapped,
         so nothing but the returned tensors stays resident."""
-        return {name: self._entry(name).build() for name in names}
+        with OpenFiles() as files:
+            return {name: self._entry(name).build(files) for name in names}
 
     def tokenizer(self) -> Any:
         """The transformers tokenizer. Raises UserError when the source has none."""

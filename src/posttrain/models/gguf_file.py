@@ -18,17 +18,18 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from posttrain.errors import UserError
-from posttrain.models.shards import read_into
+from posttrain.models.shards import OpenFiles
 
 # The tensor types that are read; every one has a dequantizer in the gguf package.
 READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 # Metadata value types (enum gguf_metadata_value_type) with a fixed size, as struct codes.
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-# Dequantize this many values at a time, to bound the dequantizer's temporaries.
-CHUNK_VALUES = 1 << 22
+# Dequantize this many values at a time: the dequantizer's temporaries then stay in the cache.
+CHUNK_VALUES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class GgufTensor:
         block, size = GGML_QUANT_SIZES[self.type]
         return math.prod(self.shape) // block * size
 
-    def read(self) -> torch.Tensor:
-        """float32 values in fresh memory, a few million at a time so that temporaries stay small."""
+    def read(self, files: OpenFiles) -> torch.Tensor:
+        """The values in fresh float32 memory, dequantized a chunk at a time."""
         block, size = GGML_QUANT_SIZES[self.type]
         count = math.prod(self.shape)
         out = torch.empty(count, dtype=torch.float32)
@@ -54,19 +55,17 @@ class GgufTensor:
         for first in range(0, count, step):
             values = min(step, count - first)
             raw = torch.empty(values // block * size, dtype=torch.uint8)
-            read_into(self.file, self.start + first // block * size, raw)
-            out[first : first + values] = _dequantize(raw, self.type, size)
+            files.read_into(self.file, self.start + first // block * size, raw)
+            out[first : first + values] = _dequantize(raw, self.type)
         return out.view(self.shape)
 
 
-def _dequantize(raw: torch.Tensor, kind: GGMLQuantizationType, size: int) -> torch.Tensor:
-    """[n blocks * size] bytes -> flat float32."""
-    blocks = raw.numpy()
-    if kind.name in ("F32", "F16"):
-        return raw.view(torch.float32 if kind.name == "F32" else torch.float16).float()
-    if kind.name == "BF16":
-        return raw.view(torch.bfloat16).float()
-    return torch.from_numpy(dequantize(blocks.reshape(-1, size), kind)).reshape(-1)
+def _dequantize(raw: torch.Tensor, kind: GGMLQuantizationType) -> torch.Tensor:
+    """The bytes of whole blocks -> flat float32. Passed as one row: the package loops over rows."""
+    plain = PLAIN.get(kind.name)
+    if plain is not None:
+        return raw.view(plain).float()
+    return torch.from_numpy(dequantize(raw.numpy().reshape(1, -1), kind)).reshape(-1)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def fetch(repo: str, hint: str = "") -> Path:
     )
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        return Path(snapshot_download(repo, allow_patterns=[*WANTED], ignore_patterns=[*UNWANTED]))
     except GatedRepoError as error:
         raise UserError(
             f"{repo}: the hub gives this model only to those who accepted its terms: open "

@@ -8,6 +8,7 @@ table, so a checkpoint that `from_pretrained` reads is read here to the same val
 import re
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from posttrain.errors import UserError
 from posttrain.models.base import Entry
-from posttrain.models.shards import StoredTensor
+from posttrain.models.shards import OpenFiles, StoredTensor
 
 # Buffers that older checkpoints store and current models recompute.
 STALE_BUFFERS = re.compile(
@@ -35,14 +36,15 @@ def module_entries(model: Any, stored: Stored, where: Path) -> dict[str, Entry]:
     A tied parameter appears once, under the name of the parameter it is tied to. Raises UserError
     naming what is missing, unexpected or misshapen.
     """
+    table = Conversions(model)
     slots = tensor_slots(model)
-    claims = _claims(model, stored)
     found: dict[str, Entry] = {}
     unexpected: list[str] = []
-    for (name, pattern), keys in claims.items():
-        made = _entries_for(model, name, pattern, keys, stored, slots)
+    for claim, keys in table.claims(stored).items():
+        made = _entries_for(table, claim, {key: stored[key] for key in keys})
         unexpected += [] if made else keys
         found.update(made)
+    _settle_ties(tied_names(model), found, where)
     check_coverage(model, slots, found, unexpected, where)
     return {name: found[name] for name in slots}
 
@@ -51,6 +53,9 @@ def tensor_slots(model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of the state dict, each once: of tied names, the source of the tie."""
     tied = tied_names(model)
     return {n: t for n, t in model.state_dict(keep_vars=True).items() if n not in tied}
+
+
+# ------------------------------------------------------------------------------------------ ties
 
 
 def tied_names(model: Any) -> dict[str, str]:
@@ -64,67 +69,91 @@ def tied_names(model: Any) -> dict[str, str]:
     }
 
 
+def _settle_ties(tied: Mapping[str, str], found: dict[str, Entry], where: Path) -> None:
+    """Checkpoints may store a tied tensor under either name, or under both if they agree."""
+    for target, source in tied.items():
+        if target not in found:
+            continue
+        entry = found.pop(target)
+        if source in found and not _same_values(entry, found[source]):
+            raise UserError(
+                f"{where}: its config ties {target} to {source}, but the checkpoint holds different "
+                'values for the two; set "tie_word_embeddings": false in config.json'
+            )
+        found.setdefault(source, entry)
+
+
+def _same_values(a: Entry, b: Entry) -> bool:
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    with OpenFiles() as files:
+        return torch.equal(a.build(files), b.build(files))
+
+
 # -------------------------------------------------------- names, by transformers' conversion table
 
-
-def _conversions(model: Any) -> tuple[list[Any], list[Any]]:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-    table = deepcopy(get_model_conversion_mapping(model) or [])
-    renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in table if isinstance(entry, WeightConverter)]
-    return renamings, converters
+Claim = tuple[str, int]  # (name in the model, index of the converter or -1)
 
 
-def _natural(name: str) -> list[tuple[int, int | str]]:
+class Conversions:
+    """transformers' own table of renamings and conversions for one model."""
+
+    def __init__(self, model: Any):
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        table = get_model_conversion_mapping(model) or []
+        self.model = model
+        self.state: dict[str, torch.Tensor] = model.state_dict()
+        self.renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
+        self.converters = [entry for entry in table if isinstance(entry, WeightConverter)]
+
+    def rename(self, key: str) -> tuple[str, str | None]:
+        """(name in the model, source pattern of the converter that will make it, or None)."""
+        from transformers.core_model_loading import rename_source_key
+
+        base = self.model.base_model_prefix
+        name, pattern = rename_source_key(key, self.renamings, self.converters, base, self.state)
+        return (key, None) if name not in self.state and key in self.state else (name, pattern)
+
+    def claims(self, stored: Stored) -> dict[Claim, list[str]]:
+        """Group stored names by the parameter they become, numbered parts in numeric order."""
+        index = {p: i for i, c in enumerate(self.converters) for p in c.source_patterns}
+        claims: dict[Claim, list[str]] = {}
+        for key in sorted(stored, key=_natural):
+            name, pattern = self.rename(key)
+            claims.setdefault((name, index[pattern] if pattern else -1), []).append(key)
+        return claims
+
+    def columns(self, converter: Any, keys: Iterable[str]) -> dict[str, list[str]]:
+        """Stored names under the source pattern that matches each, in the converter's order."""
+        found: dict[str, list[str]] = {pattern: [] for pattern in converter.source_patterns}
+        for key in keys:
+            found[self.rename(key)[1] or ""].append(key)
+        return {pattern: column for pattern, column in found.items() if column}
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
     """Sort key that puts experts.2 before experts.10."""
-    return [(0, int(p)) if p.isdigit() else (1, p) for p in name.split(".")]
+    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in name.split(".")]
 
 
-Claim = tuple[str, int]  # (target name, index of the converter or -1)
-
-
-def _claims(model: Any, stored: Stored) -> dict[Claim, list[str]]:
-    """Group stored names by the parameter they become."""
-    from transformers.core_model_loading import rename_source_key
-
-    renamings, converters = _conversions(model)
-    by_pattern = {p: i for i, c in enumerate(converters) for p in c.source_patterns}
-    state = model.state_dict()
-    base = model.base_model_prefix
-    claims: dict[Claim, list[str]] = {}
-    for key in sorted(stored, key=_natural):
-        name, pattern = rename_source_key(key, renamings, converters, base, state)
-        if name not in state and key in state:
-            name, pattern = key, None
-        claims.setdefault((name, by_pattern.get(pattern, -1)), []).append(key)
-    return claims
-
-
-def _entries_for(
-    model: Any,
-    name: str,
-    converter_index: int,
-    keys: list[str],
-    stored: Stored,
-    slots: Mapping[str, torch.Tensor],
-) -> dict[str, Entry]:
-    """The entries that the stored `keys` make; {} when the model has no place for them."""
-    if converter_index < 0:
-        if name not in slots:
-            return {}
-        return {name: Entry(stored[keys[-1]].shape, stored[keys[-1]].dtype, stored[keys[-1]].read)}
-    converter = _conversions(model)[1][converter_index]
+def _entries_for(table: Conversions, claim: Claim, stored: Stored) -> dict[str, Entry]:
+    """The entries that the stored tensors of one claim make; {} if the model has no place."""
+    name, index = claim
+    if index < 0:
+        tensor = list(stored.values())[-1]
+        return {name: Entry(tensor.shape, tensor.dtype, tensor.read)} if name in table.state else {}
+    converter = table.converters[index]
     targets = [name.replace(converter.target_patterns[0], t, 1) for t in converter.target_patterns]
-    if any(target not in slots for target in targets):
+    if any(target not in table.state for target in targets):
         return {}
-    dtype = stored[keys[0]].dtype
+    dtype = next(iter(stored.values())).dtype
     return {
         target: Entry(
-            tuple(slots[target].shape),
+            tuple(table.state[target].shape),
             dtype,
-            _conversion(model, name, target, converter, keys, stored, slots[target]),
+            _conversion(table, converter, name, target, stored),
         )
         for target in targets
     }
@@ -134,63 +163,47 @@ def _entries_for(
 
 
 def _conversion(
-    model: Any,
-    name: str,
-    target: str,
-    converter: Any,
-    keys: list[str],
-    stored: Stored,
-    slot: torch.Tensor,
-) -> Callable[[], torch.Tensor]:
+    table: Conversions, converter: Any, name: str, target: str, stored: Stored
+) -> Callable[[OpenFiles], torch.Tensor]:
     """How to build `target` from several stored tensors."""
-    sources = _by_source_pattern(model, converter, keys)
+    names = table.columns(converter, stored)
     steps = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
     if steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
-        columns = [[stored[key] for key in column] for column in sources.values()]
-        _check_experts(target, columns, slot)
-        return lambda: _stack_experts(columns, tuple(slot.shape))
+        columns = [[stored[key] for key in column] for column in names.values()]
+        shape = tuple(table.state[target].shape)
+        _check_experts(target, columns, shape)
+        return lambda files: _stack_experts(files, columns, shape)
 
-    def build() -> torch.Tensor:
+    def build(files: OpenFiles) -> torch.Tensor:
         # Rare operations (transpose, split, ...): transformers' own code, on tensors read now.
         run = deepcopy(converter)
-        for pattern, column in sources.items():
+        for pattern, column in names.items():
             for key in column:
-                run.add_tensor(name, key, pattern, stored[key].read)
-        made = run.convert(name, model=model, config=model.config)
+                run.add_tensor(name, key, pattern, partial(stored[key].read, files))
+        made = run.convert(name, model=table.model, config=table.model.config)
         value: torch.Tensor = made[target][0] if isinstance(made[target], list) else made[target]
         return value.contiguous()
 
     return build
 
 
-def _by_source_pattern(model: Any, converter: Any, keys: Iterable[str]) -> dict[str, list[str]]:
-    """Stored names under the pattern that matches each, patterns in the converter's order."""
-    from transformers.core_model_loading import rename_source_key
-
-    renamings = _conversions(model)[0]
-    found: dict[str, list[str]] = {pattern: [] for pattern in converter.source_patterns}
-    for key in keys:
-        _, pattern = rename_source_key(key, renamings, [deepcopy(converter)])
-        found[pattern].append(key)
-    return {pattern: column for pattern, column in found.items() if column}
-
-
-def _check_experts(target: str, columns: list[list[StoredTensor]], slot: torch.Tensor) -> None:
+def _check_experts(target: str, columns: list[list[StoredTensor]], shape: tuple[int, ...]) -> None:
     """Every column has one [rows, cols] matrix per expert, and the rows add up to the slot's."""
-    experts, rows, cols = slot.shape
+    experts, rows, cols = shape
+    file = columns[0][0].file
     for column in columns:
         if len(column) != experts:
             raise UserError(
-                f"{column[0].file}: {target} needs {experts} experts, the checkpoint has {len(column)}"
+                f"{file}: {target} needs {experts} experts, the checkpoint has {len(column)}"
             )
-    shapes = {(sum(column[e].shape[0] for column in columns), cols) for e in range(experts)}
-    found = {(sum(c[e].shape[0] for c in columns), c[e].shape[-1]) for e in range(experts) for c in columns}
-    if found != shapes or shapes != {(rows, cols)}:
-        raise UserError(f"{columns[0][0].file}: experts of {target} do not fit {list(slot.shape)}")
+        if {tensor.shape for tensor in column} != {(column[0].shape[0], cols)}:
+            raise UserError(f"{file}: the experts of {target} differ in shape")
+    if sum(column[0].shape[0] for column in columns) != rows:
+        raise UserError(f"{file}: the experts of {target} do not make up {list(shape)}")
 
 
 def _stack_experts(
-    columns: list[list[StoredTensor]], shape: tuple[int, ...]
+    files: OpenFiles, columns: list[list[StoredTensor]], shape: tuple[int, ...]
 ) -> torch.Tensor:
     """[experts, rows, cols]: each expert's matrices one above the other, read in place."""
     out = torch.empty(shape, dtype=columns[0][0].dtype)
@@ -198,7 +211,7 @@ def _stack_experts(
     for column in columns:
         bottom = top + column[0].shape[0]
         for expert, matrix in enumerate(column):
-            matrix.read(out[expert, top:bottom])
+            matrix.read(files, out[expert, top:bottom])
         top = bottom
     return out
 
@@ -236,12 +249,7 @@ def check_coverage(
 
 def _tolerated(model: Any, name: str) -> bool:
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    tied = tied_names(model)
-    return bool(
-        name in tied
-        or STALE_BUFFERS.search(name)
-        or any(re.search(pattern, name) for pattern in patterns)
-    )
+    return bool(STALE_BUFFERS.search(name) or any(re.search(pattern, name) for pattern in patterns))
 
 
 def _listing(names: list[str]) -> str:

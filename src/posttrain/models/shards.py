@@ -9,12 +9,16 @@ streaming pipeline promises to bound.
 import json
 import math
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from posttrain.errors import UserError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -53,18 +57,35 @@ class StoredTensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self, out: torch.Tensor | None = None) -> torch.Tensor:
+    def read(self, files: "OpenFiles", out: torch.Tensor | None = None) -> torch.Tensor:
         """The tensor in fresh memory, or in `out` (contiguous, same shape and dtype)."""
         if out is None:
             out = torch.empty(self.shape, dtype=self.dtype)
-        read_into(self.file, self.start, out)
+        files.read_into(self.file, self.start, out)
         return out
 
 
-def read_into(file: Path, start: int, out: torch.Tensor) -> None:
-    """Fill a contiguous tensor with the file's bytes from `start` on."""
-    view = memoryview(out.view(-1).view(torch.uint8).numpy())
-    with file.open("rb", buffering=0) as stream:
+class OpenFiles:
+    """Files opened at their first read and closed together, so that reading many small tensors
+    does not pay for opening a file each time."""
+
+    def __init__(self) -> None:
+        self._streams: dict[Path, FileIO] = {}
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for stream in self._streams.values():
+            stream.close()
+
+    def read_into(self, file: Path, start: int, out: torch.Tensor) -> None:
+        """Fill a contiguous tensor with the file's bytes from `start` on."""
+        if file not in self._streams:
+            self._streams[file] = FileIO(file)
+        stream = self._streams[file]
+        array: Any = out.view(-1).view(torch.uint8).numpy()
+        view = memoryview(array)
         stream.seek(start)
         done = 0
         while done < len(view):
@@ -132,7 +153,9 @@ def _check_size(file: Path, data_start: int, size: int, tensors: dict[str, Store
     position = data_start
     for name, stored in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if stored.start != position:
-            raise UserError(f"{file}: corrupt header: tensor {name} overlaps another or leaves a gap")
+            raise UserError(
+                f"{file}: corrupt header: tensor {name} overlaps another or leaves a gap"
+            )
         position += stored.nbytes
     if position > size:
         raise UserError(

@@ -59,10 +59,11 @@ def skeleton(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
+    build: Any = AutoModelForCausalLM.from_config
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: nn.Module = build(config, dtype=dtype)
     except (ValueError, TypeError, ImportError, AttributeError, KeyError) as error:
         raise UserError(
             f"cannot build a {getattr(config, 'model_type', '?')!r} causal language model "
@@ -73,8 +74,9 @@ def skeleton(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def _non_persistent(module: nn.Module) -> list[str]:
-    return [name for name in module._non_persistent_buffers_set if name in module._buffers]
+def _non_persistent(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    names = module._non_persistent_buffers_set
+    return {name: buffer for name, buffer in module._buffers.items() if name in names}
 
 
 def _fill_computed_buffers(model: nn.Module) -> None:
@@ -89,17 +91,16 @@ def _fill_computed_buffers(model: nn.Module) -> None:
         owner = module if hasattr(module, "_init_weights") else owner
         for child in module.children():
             visit(child, owner)
-        names = [n for n in _non_persistent(module) if module._buffers[n] is not None]
-        if not names:
-            return
-        for name in names:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-        owner._init_weights(module)
+        computed = {n: b for n, b in _non_persistent(module).items() if b is not None}
+        for name, buffer in computed.items():
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        if computed:
+            owner._init_weights(module)
 
     visit(model, None)
 
 
-def _keep_float32(model: nn.Module, dtype: torch.dtype) -> None:
+def _keep_float32(model: Any, dtype: torch.dtype) -> None:
     """Retype the parameters that the architecture keeps in float32 whatever the model's dtype."""
     plan: dict[str, torch.dtype] = {}
     if hasattr(model, "_get_dtype_plan"):
@@ -128,7 +129,7 @@ def _parameter_count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _text_decoder(model: nn.Module) -> tuple[str, nn.Module]:
+def _text_decoder(model: Any) -> tuple[str, nn.Module]:
     """(name, module) of the text decoder: the whole model unless a multimodal one says otherwise."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     for name, module in model.named_modules():
@@ -249,20 +250,33 @@ def assign(
     what `from_pretrained` does. A parameter shared by several modules under `module` (tied head)
     is replaced in all of them. Raises UserError for a name without a slot or a wrong shape.
     """
+    modules = dict(module.named_modules(remove_duplicate=False))
+    alive = list(module.parameters())  # so that no id in `sharers` is given to a new object
+    sharers = _sharers(modules.values())
     for name, tensor in tensors.items():
-        local = _local_name(prefix, name)
-        owner, leaf = _slot(module, local, name)
-        old = owner._parameters.get(leaf)
-        if old is None:
-            old = owner._buffers[leaf]
-            assert old is not None
-            owner._buffers[leaf] = _fit(name, tensor, old, dtype)
+        path, _, leaf = _local_name(prefix, name).rpartition(".")
+        owner = modules.get(path)
+        old = None if owner is None else _slot(owner, leaf)
+        if owner is None or old is None:
+            raise UserError(f"tensor {name} has no place in {type(module).__name__}")
+        value = _fit(name, tensor, old, dtype)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = value
             continue
-        new = nn.Parameter(_fit(name, tensor, old, dtype), requires_grad=False)
-        for sharer in module.modules():
-            for key, value in sharer._parameters.items():
-                if value is old:
-                    sharer._parameters[key] = new
+        parameter = nn.Parameter(value, requires_grad=False)
+        sharers[id(parameter)] = sharers[id(old)]
+        for sharer, key in sharers[id(old)]:
+            sharer._parameters[key] = parameter
+    del alive
+
+
+def _sharers(modules: Iterable[nn.Module]) -> dict[int, list[tuple[nn.Module, str]]]:
+    """id of a parameter -> every (module, name) that holds it."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in modules:
+        for key, value in module._parameters.items():
+            found.setdefault(id(value), []).append((module, key))
+    return found
 
 
 def _local_name(prefix: str, name: str) -> str:
@@ -273,15 +287,9 @@ def _local_name(prefix: str, name: str) -> str:
     return name[len(prefix) + 1 :]
 
 
-def _slot(module: nn.Module, local: str, name: str) -> tuple[nn.Module, str]:
-    path, _, leaf = local.rpartition(".")
-    try:
-        owner = module.get_submodule(path)
-    except AttributeError:
-        owner = None  # type: ignore[assignment]
-    if owner is None or (owner._parameters.get(leaf) is None and owner._buffers.get(leaf) is None):
-        raise UserError(f"tensor {name} has no place in {type(module).__name__}")
-    return owner, leaf
+def _slot(owner: nn.Module, leaf: str) -> torch.Tensor | None:
+    parameter = owner._parameters.get(leaf)
+    return parameter if parameter is not None else owner._buffers.get(leaf)
 
 
 def _fit(
