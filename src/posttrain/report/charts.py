@@ -46,17 +46,16 @@ def interval_axis(scale: Scale) -> Markup:
 
 
 def interval(pair: Pair, scale: Scale, class_: str) -> Markup:
-    """The difference as a dot on its interval; the dashed line is zero."""
+    """The difference as a stroke across its interval; the dashed line is zero."""
     if not pair.interval:
         return Markup(words.MISSING)
     value, low, high = words.delta(pair.delta, pair.low, pair.high)
     label = f"{value}, interval {low} to {high}"
-    start = min(scale(pair.low), scale(pair.delta) - 1)
-    width = max(scale(pair.high), scale(pair.delta) + 1) - start
+    at, start, end = map(scale, (pair.delta, pair.low, pair.high))
     marks = [
         svg.line(scale(0), 0, scale(0), 26, "zero"),
-        svg.rect(start, 10, width, 6, f"{class_} fill", round_=3),
-        svg.dot(scale(pair.delta), 13, f"{class_} fill ring", tag("title", label), radius=6),
+        svg.rect(start, 8, end - start, 10, f"{class_} fill faint", round_=2),
+        svg.rect(at - 1.5, 4, 3, 18, f"{class_} fill", tag("title", label), round_=1.5),
     ]
     return svg.drawing(INTERVAL_WIDTH, 26, label, marks)
 
@@ -96,7 +95,7 @@ def quality(spots: Sequence[Spot], width: float, y_title: str, signed: bool) -> 
         x = box.x(spot.bits)
         marks.append(svg.line(x, box.y(spot.low), x, box.y(spot.high), f"{spot.class_} stroke"))
     marks += [
-        svg.dot(box.x(s.bits), box.y(s.y), f"{s.class_} fill ring", tag("title", s.tip), radius=7)
+        svg.dot(box.x(s.bits), box.y(s.y), f"{s.class_} fill ring", tag("title", s.tip), radius=6)
         for s in spots
     ]
     marks += _spot_names(spots, box)
@@ -187,7 +186,7 @@ def position(
     x_span = svg.log_span(middles, 0.02) if bins.uneven else (bins.edges[0], bins.edges[-1])
     box = svg.frame(
         width,
-        170 if signed else 300,
+        210 if signed else 300,
         x_span,
         svg.span(values + [0.0] * signed),
         log_x=bins.uneven,

@@ -13,6 +13,7 @@ from typing import Any
 
 from posttrain.errors import UserError
 
+LONGEST_NAME = 36  # characters, on the page
 MODEL_NUMBERS = ("nll", "perplexity", "tokens")
 _LAYER = re.compile(r"(?P<stack>.*?)\.(?P<block>\d+)\.(?P<kind>.+)")
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=^)\d+(?=\.)")
@@ -104,8 +105,8 @@ def _list(data: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """The last component of each name where that tells them apart, else all of it, numbered
-    where even that is shared.
+    """The last component of each name where that tells them apart, else all of it; the middle of
+    long ones cut out; numbered where they still are the same.
 
     >>> short_names(["hub/demo", "build/demo-w6a8/"]), short_names(["a/x", "b/x", "b/x"])
     (['demo', 'demo-w6a8'], ['a/x', 'b/x', 'b/x (2)'])
@@ -113,6 +114,10 @@ def short_names(names: Sequence[str]) -> list[str]:
     last = [re.split(r"[/\\]", name.rstrip("/\\"))[-1] or name for name in names]
     chosen = [
         tail if last.count(tail) == 1 else name for tail, name in zip(last, names, strict=True)
+    ]
+    chosen = [
+        name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 14]}\u2026{name[-13:]}"
+        for name in chosen
     ]
     return [
         name if (seen := chosen[:i].count(name)) == 0 else f"{name} ({seen + 1})"

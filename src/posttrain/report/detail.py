@@ -9,64 +9,48 @@ from posttrain.report.html import Child, Markup, tag
 from posttrain.report.parts import Report, exact, figure, key, section, table
 from posttrain.report.theme import HEAT
 
+QSNR_AND_SENSITIVITY = (
+    "QSNR is the power of a layer's weights over the power of the error that quantization put into "
+    "them; 6 dB is about one bit. A block's sensitivity is how far the model's predictions move "
+    "when that block alone is quantized."
+)
+
 
 def layers(report: Report) -> Child:
     """For each quantized model: QSNR by block and projection, sensitivity by block, the table."""
-    maps = {m.index: content.layer_map(m.values.get("layers")) for m in report.models}
-    levels = [
-        v
-        for found in maps.values()
-        if found
-        for v in [*found.cells.values(), *(q for _, q in found.outside)]
-    ]
-    span = (min(levels), max(levels)) if levels else (0.0, 0.0)
-    parts = [
-        part for model in report.models if (part := _model_layers(model, maps[model.index], span))
-    ]
+    parts = [part for model in report.models if (part := _model_layers(model))]
     if not parts:
         return None
-    intro = tag(
-        "p",
-        "QSNR is the power of a layer's weights over the power of the error that "
-        "quantization put into them, in dB; 6 dB is about one bit. A block's sensitivity is how "
-        "far the predictions move when that block alone is quantized.",
-        class_="soft",
-    )
-    return section("layers", "Layer by layer", intro, _ramp(span) if levels else None, parts)
+    return section("layers", "Layer by layer", tag("p", QSNR_AND_SENSITIVITY, class_="soft"), parts)
 
 
-def _ramp(span: tuple[float, float]) -> Markup:
-    steps = [tag("i", class_=f"h{step}") for step in range(HEAT)]
-    return tag(
-        "p",
-        tag("span", f"cleaner, {words.number(span[1], 1)} dB"),
-        steps,
-        tag("span", f"{words.number(span[0], 1)} dB, noisier"),
-        class_="ramp",
-    )
-
-
-def _model_layers(model: Model, found: LayerMap | None, span: tuple[float, float]) -> Child:
+def _model_layers(model: Model) -> Child:
+    found = content.layer_map(model.values.get("layers"))
     moved = content.sensitivity(model.values.get("block_sensitivity"))
     if found is None and not moved:
         return None
     parts: list[Child] = [tag("h3", model.short)]
     if found and found.cells:
-        parts.append(figure(None, lambda width: charts.heat(found, width, span)))
+        span = min(found.cells.values()), max(found.cells.values())
+        legend = _ramp(span) if span[0] < span[1] else None
+        parts.append(figure(None, lambda width: charts.heat(found, width, span), legend))
     if found and found.merged:
-        parts.append(
-            tag(
-                "p",
-                "Where several experts share a cell, it shows the worst of them.",
-                class_="soft",
-            )
-        )
+        said = "Where several experts share a cell, it shows the worst of them."
+        parts.append(tag("p", said, class_="soft"))
     if found and found.outside:
         said = words.join([f"{name} {words.number(qsnr, 1)} dB" for name, qsnr in found.outside])
-        parts.append(tag("p", f"Outside the blocks: {said}."))
+        parts.append(tag("p", f"QSNR outside the blocks: {said}."))
     if moved:
         parts.append(_sensitivity(moved, found))
     return [*parts, _layer_table(model) if found else None]
+
+
+def _ramp(span: tuple[float, float]) -> Markup:
+    """The legend of the heat map; its colours span the layers of one model."""
+    low, high = (words.number(value, 1) for value in span)
+    steps = [tag("i", class_=f"h{step}") for step in range(HEAT)]
+    ends = tag("span", f"QSNR {high} dB, cleanest"), tag("span", f"{low} dB, noisiest")
+    return tag("p", ends[0], steps, ends[1], class_="ramp")
 
 
 def _sensitivity(moved: list[tuple[str, float]], found: LayerMap | None) -> Markup:
@@ -110,47 +94,46 @@ def _layer_table(model: Model) -> Markup:
     )
 
 
+GREEDY = "Greedy decoding of the same prompts."
+MARKED = (
+    f"{GREEDY} The mark starts at the first word that differs from the first text; after that "
+    "they are free to differ, so where it starts matters less than whether both make sense."
+)
+
+
 def generations(report: Report) -> Child:
     """The same prompts to every model, marked from the first word that differs."""
     samples = [
         sample
         for sample in report.data.get("generations") or ()
-        if isinstance(sample, Mapping) and isinstance(sample.get("outputs"), Mapping)
+        if isinstance(sample, Mapping)
+        and isinstance(sample.get("outputs"), Mapping)
+        and sample["outputs"]
     ]
     if not samples:
         return None
-    intro = tag(
-        "p",
-        "Greedy decoding of the same prompts. The mark starts at the first word that "
-        "differs from the first column; after that the texts are free to differ, so the "
-        "place matters less than whether both still make sense.",
-        class_="soft",
-    )
+    several = any(len(sample["outputs"]) > 1 for sample in samples)
     return section(
-        "generations", "Side by side", intro, [_sample(report, sample) for sample in samples]
+        "generations",
+        "Side by side" if several else "Samples",
+        tag("p", MARKED if several else GREEDY, class_="soft"),
+        [_sample(report, sample) for sample in samples],
     )
 
 
 def _sample(report: Report, sample: Mapping[str, Any]) -> Child:
-    outputs = [(str(name), str(text)) for name, text in sample["outputs"].items()]
-    order = {
-        model.name: model.index - len(report.models) * (model is report.reference)
-        for model in report.models
-    }
-    outputs.sort(key=lambda item: order.get(item[0], len(order)))
-    first = outputs[0][1] if outputs else ""
-    prompt = sample.get("prompt")
+    outputs = [
+        (str(name), "" if text is None else str(text)) for name, text in sample["outputs"].items()
+    ]
+    rank = {model.name: (model is not report.reference, model.index) for model in report.models}
+    outputs.sort(key=lambda item: rank.get(item[0], (True, len(rank))))
+    first = outputs[0][1]
+    shown = [_output(report, *outputs[0], None)]
+    shown += [_output(report, name, text, first) for name, text in outputs[1:]]
     return [
         tag("h3", "Prompt"),
-        tag("div", prompt, class_="prompt", dir="auto"),
-        tag(
-            "div",
-            [
-                _output(report, name, text, None if i == 0 else first)
-                for i, (name, text) in enumerate(outputs)
-            ],
-            class_="pair",
-        ),
+        tag("div", sample.get("prompt"), class_="prompt", dir="auto"),
+        tag("div", shown, class_="pair"),
     ]
 
 

@@ -24,11 +24,9 @@ TERMS = {
 
 
 def method(report: Report) -> Markup:
-    notes = [tag("p", note, class_="note") for note in report.data.get("notes") or () if note]
     return section(
         "method",
         "How this was measured",
-        notes,
         facts([*_text_facts(report)]),
         _measured(report),
         tag("h3", "Terms"),
@@ -74,7 +72,7 @@ def _measured(report: Report) -> Markup:
     rows = [
         tag(
             "tr",
-            row_head(report, model),
+            row_head(report, model, model.name if model.name != model.short else ""),
             [tag("td", _measure(model.values.get(key), say)) for _, key, say in columns],
         )
         for model in report.models

@@ -69,12 +69,10 @@ def key(report: Report, model: Model) -> Markup:
 
 
 def row_head(report: Report, model: Model, note: str = "") -> Markup:
-    """The row heading of a model: its colour, its short name, and the full one when longer."""
-    full = model.name if model.name != model.short else None
-    notes = [tag("small", part) for part in (full, note) if part]
-    return tag(
-        "th", key(report, model), tag("span", model.short, class_="name"), notes, scope="row"
-    )
+    """The row heading of a model: its colour, its short name, and a note below."""
+    small = tag("small", note) if note else None
+    name = tag("span", model.short, class_="name", title=model.name)
+    return tag("th", key(report, model), name, small, scope="row")
 
 
 def table(heads: Sequence[Child], rows: Sequence[Child], label: str, class_: str = "") -> Markup:
@@ -94,3 +92,10 @@ def facts(facts: Sequence[tuple[str, Child]]) -> Markup:
         [[tag("dt", name), tag("dd", value)] for name, value in facts if value],
         class_="facts",
     )
+
+
+def notes(report: Report) -> list[Markup]:
+    """What the reader must know to read the numbers right, from the comparison itself."""
+    said = report.data.get("notes") or ()
+    said = [said] if isinstance(said, str) else said
+    return [tag("p", note, class_="note") for note in said if note]

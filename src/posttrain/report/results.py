@@ -1,7 +1,7 @@
 """The sections of the page about whole models: verdict, summary, bits, position."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from posttrain.report import charts, content, verdict, words
@@ -12,6 +12,7 @@ from posttrain.report.parts import (
     exact,
     figure,
     legend,
+    notes,
     row_head,
     section,
     table,
@@ -102,16 +103,16 @@ def summary(report: Report) -> Markup:
         note = "reference" if by_model and model is report.reference else ""
         cells = [tag("td", column.show(model, by_model.get(model.index))) for column in columns]
         rows.append(tag("tr", row_head(report, model, note), cells))
-    intro = (
-        f"Differences are against {report.reference.short}, token by token on the same text; "
-        f"bars are {words.CONFIDENCE} intervals, the dashed line is no difference."
-    )
+    intro = f"Differences are against {report.reference.short}, token by token on the same text"
+    if any(pair.interval for pair in report.main_pairs):
+        intro += f"; bars are {words.CONFIDENCE} intervals, the dashed line is no difference"
     return section(
         "summary",
         "Summary",
-        tag("p", intro, class_="soft") if by_model else None,
+        tag("p", f"{intro}.", class_="soft") if by_model else None,
         table(["model", *(column.head for column in columns)], rows, "summary of all models"),
         _other_pairs(report),
+        notes(report),
     )
 
 
@@ -173,11 +174,11 @@ def quality(report: Report) -> Child:
         return None
     paired = bool(by_model)
     unit = "\u0394NLL, nats per token" if paired else "perplexity"
-    caption = "Lower and further left is better. " + (
-        f"The difference is against {report.reference.short}; lines are 95% intervals."
-        if paired
-        else ""
-    )
+    caption = "Lower and further left is better."
+    if paired:
+        caption += f" The difference is against {report.reference.short}"
+        drawn = any(pair.interval for pair in by_model.values())
+        caption += f"; lines are {words.CONFIDENCE} intervals." if drawn else "."
     return section(
         "quality",
         "Bits against quality",
@@ -194,7 +195,9 @@ def _spot(report: Report, model: Model, by_model: Mapping[int, Pair]) -> charts.
     if by_model:
         return charts.Spot(model, at, 0.0, 0.0, 0.0, class_) if model is report.reference else None
     level = model.get("perplexity")
-    return charts.Spot(model, at, level, level, level, class_) if content.finite(level) else None
+    if level is None or not content.finite(level):
+        return None
+    return charts.Spot(model, at, level, level, level, class_)
 
 
 def position(report: Report) -> Child:
@@ -206,13 +209,14 @@ def position(report: Report) -> Child:
     if bins is None or not curves:
         return None
     shown = [model for model in report.models if model.index in curves]
+    drawn = list(curves.values())
+    if len(drawn) > 2:  # more bands than two hide each other, and all are about as wide
+        drawn = [drawn[0], *(replace(curve, low=(), high=()) for curve in drawn[1:])]
     figures = [
         figure(
-            "Loss at each distance from the start of the window: with more context before it, a token "
-            "is easier to predict. Bands are 95% intervals.",
-            lambda width: charts.position(
-                bins, list(curves.values()), width, "NLL, nats per token"
-            ),
+            "Loss at each distance from the start of the window: with more context before it, a "
+            f"token is easier to predict. {_bands(drawn)}",
+            lambda width: charts.position(bins, drawn, width, "NLL, nats per token"),
             legend(report, shown),
         )
     ]
@@ -232,6 +236,16 @@ def position(report: Report) -> Child:
             )
         )
     return section("position", "Loss by position", figures)
+
+
+def _bands(curves: Sequence[charts.Curve]) -> str:
+    """What the caption says of bands: nothing, of one curve, or of all."""
+    banded = [curve.name for curve in curves if curve.low and curve.high]
+    if not banded:
+        return ""
+    if len(banded) == len(curves):
+        return f"Bands are {words.CONFIDENCE} intervals."
+    return f"The band is the {words.CONFIDENCE} interval of {banded[0]}."
 
 
 def _curves(

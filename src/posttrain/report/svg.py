@@ -181,9 +181,13 @@ class Frame:
             )
             marks.append(text(left - 8, at + 4, label, anchor="end"))
         marks.append(line(left, bottom, right, bottom, "base"))
+        free = -math.inf  # labels that would run into the one before are left out
         for value, label in zip(self.x_ticks, tick_labels(self.x_ticks), strict=True):
-            marks.append(line(self.x(value), bottom, self.x(value), bottom + 4, "base"))
-            marks.append(text(self.x(value), bottom + 17, label, anchor="middle"))
+            at, half = self.x(value), text_width(label) / 2
+            marks.append(line(at, bottom, at, bottom + 4, "base"))
+            if at - half >= free:
+                marks.append(text(at, bottom + 17, label, anchor="middle"))
+                free = at + half + 4
         marks.append(text(right, self.height - 4, x_title, "axis", "end"))
         return marks
 
@@ -201,7 +205,7 @@ def frame(
 ) -> Frame:
     """A frame whose left margin fits its tick labels and is at least `left` px, so that charts
     below each other can share it."""
-    y_ticks = ticks(*y_span, count=max(3, int(height // 60)))
+    y_ticks = ticks(*y_span, count=max(3, int(height // 50)))
     left = max([left, *(12 + text_width(label) for label in tick_labels(y_ticks, signed))])
     x_ticks = (
         log_ticks(*x_span, width - left - right)

@@ -119,7 +119,7 @@ svg .cell{font-size:11px}
 .stroke{stroke:var(--c);stroke-width:2;fill:none;stroke-linejoin:round;stroke-linecap:round}
 .dashed.stroke{stroke-dasharray:6 4}
 .fill{fill:var(--c)}.ring{stroke:var(--card);stroke-width:2}
-.band{fill:var(--c);opacity:.16}
+.band{fill:var(--c);opacity:.16}.faint{opacity:.4}
 .hit{fill:transparent}.hit:hover{fill:var(--ink);fill-opacity:.06}
 .bar:hover,rect.heat:hover{stroke:var(--ink);stroke-width:1.5}
 .narrow{display:none}
@@ -132,7 +132,7 @@ margin-right:.5em}
 .ramp{display:flex;align-items:center;gap:2px;font-size:.82rem;color:var(--soft);margin:0 0 12px;
 flex-wrap:wrap}
 .ramp i{width:26px;height:12px;border-radius:2px;outline:1px solid var(--hair);outline-offset:-1px}
-.ramp span{margin:0 8px}
+.ramp span{margin:0 8px}.ramp span:first-child{margin-left:0}
 .scroll{overflow-x:auto;margin:12px -24px 0;padding:0 24px}
 .scroll:focus-visible,summary:focus-visible,.text:focus-visible,th button:focus-visible{
 outline:2px solid var(--accent);outline-offset:2px}
@@ -143,7 +143,7 @@ thead th{color:var(--soft);font-weight:500;font-size:.84rem;vertical-align:botto
 th:first-child{text-align:left;padding-left:0}.left{text-align:left}
 th svg{margin:4px -10px 0}td svg{margin:0 -10px}.mid{text-align:center}
 td.left,tbody th{white-space:normal;overflow-wrap:anywhere}
-tbody th{font-weight:600;min-width:9em}
+tbody th{font-weight:600;min-width:12em}
 tbody th small{display:block;font-weight:400;color:var(--soft);font-size:.8rem}
 tbody tr:last-child>*{border-bottom:0}
 td svg,th svg{display:inline-block;vertical-align:middle;max-width:none}
@@ -167,8 +167,7 @@ dl.facts dd{margin:0;min-width:0;overflow-wrap:anywhere}
 pre,code{font:.88em/1.5 ui-monospace,SFMono-Regular,Consolas,"Liberation Mono",monospace}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--page);border-radius:8px;
 padding:12px 14px;margin:12px 0}
-.note{border-left:3px solid var(--s5);padding-left:14px}
-footer{color:var(--soft);font-size:.85rem}
+.note{border-left:3px solid var(--s5);padding-left:14px;margin:18px 0 4px}
 #tip{position:fixed;pointer-events:none;background:var(--ink);color:var(--card);font-size:.82rem;
 line-height:1.4;padding:5px 9px;border-radius:6px;white-space:pre-line;max-width:300px;z-index:2;
 overflow-wrap:anywhere}

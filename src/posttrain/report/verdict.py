@@ -87,23 +87,12 @@ def headline(models: Sequence[Model], pairs: Sequence[Pair]) -> str:
     lead = f"{len(pairs)} models against {pairs[0].a.short}"
     if not sound:
         return f"{lead}: none could be compared."
-    closest = min(sound, key=lambda pair: pair.delta)
-    sized = [pair for pair in sound if pair.b.get("bits_per_weight") is not None]
-    said = f"{closest.b.short} loses least ({_brief(closest)})"
-    if not sized:
-        return f"{lead}: {said}."
-    smallest = min(sized, key=lambda pair: pair.b.get("bits_per_weight") or 0.0)
-    if smallest is closest:
-        return f"{lead}: {closest.b.short} is the smallest and loses least ({_brief(closest)})."
-    return f"{lead}: {said}, {smallest.b.short} is smallest ({_brief(smallest)})."
-
-
-def _brief(pair: Pair) -> str:
-    value = words.delta(pair.delta, pair.low, pair.high)[0] + " nats"
-    if pair.includes_zero:
-        value += ", interval includes zero"
-    at = pair.b.get("bits_per_weight")
-    return value if at is None else f"{words.bits(at)} bits, {value}"
+    closest = min(sound, key=lambda pair: pair.delta).b.short
+    sized = [pair.b for pair in sound if pair.b.get("bits_per_weight") is not None]
+    smallest = min(sized, key=lambda b: b.get("bits_per_weight") or 0.0).short if sized else None
+    if smallest == closest:
+        return f"{lead}: {closest} is the smallest and loses least."
+    return f"{lead}: {closest} loses least{f', {smallest} is smallest' if smallest else ''}."
 
 
 def _alone(models: Sequence[Model]) -> str:

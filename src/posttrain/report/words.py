@@ -39,12 +39,14 @@ def delta(value: float, low: float, high: float) -> tuple[str, str, str]:
 
 
 def loss(value: float | None) -> str:
-    """A negative log-likelihood: four decimals, or three digits where it is smaller than that."""
-    if value is None or value == 0:
+    """Nats: four decimals, more where that would leave fewer than two digits.
+
+    >>> loss(2.91274), loss(0.00091), loss(0.0)
+    ('2.9127', '0.00091', '0')
+    """
+    if not value:
         return number(value, 0)
-    if 0 < abs(value) < 1e-3:
-        return f"{value:.1e}".replace("-", MINUS)
-    return number(value, 4)
+    return number(value, decimals_for(abs(value), least=4, most=9))
 
 
 def bits(value: float | None) -> str:
