@@ -1,0 +1,116 @@
+"""Score the tokens of windows with one model, and against a reference.
+
+Logits are the largest thing here (a window of 512 tokens and 150,000 words of vocabulary is
+300 MB), so they exist for one batch of one model at a time, plus the reference's, and
+everything computed from them goes through in chunks of rows that fit the cache.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from posttrain.errors import UserError
+from posttrain.evaluate.divergence import FullTarget, TopTarget
+from posttrain.evaluate.windows import Batch, Windows
+from posttrain.lm.local import last_logits
+
+CHUNK_BYTES = 16 * 2**20  # of float32 logits worked on at a time
+
+Target = FullTarget | TopTarget
+Keep = Callable[[torch.Tensor, torch.Tensor], Target]  # what of (logits, log_partition) is kept
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model says of every scored token; float32 ``[windows, window - 1]``, NaN where a
+    token is not scored. ``kl`` and ``agree`` (1 or 0: same likeliest token as the reference) are
+    None for the reference itself. ``seconds`` is the time spent in this model and its scoring.
+    """
+
+    nll: torch.Tensor
+    kl: torch.Tensor | None = None
+    agree: torch.Tensor | None = None
+    seconds: float = 0.0
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        found = {"nll": self.nll, "kl": self.kl, "agree": self.agree}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+@dataclass
+class Scorer:
+    """Scores one model batch by batch, and collects its ``Scores``."""
+
+    model: Any
+    name: str
+    windows: Windows
+    against: bool = False  # whether batches come with targets of a reference
+    _values: dict[str, torch.Tensor] = field(default_factory=dict)
+    _seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        shape = len(self.windows), self.windows.window - 1
+        for part in ("nll", "kl", "agree") if self.against else ("nll",):
+            self._values[part] = torch.full(shape, torch.nan)
+
+    @torch.inference_mode()
+    def __call__(
+        self, batch: Batch, targets: list[Target] | None = None, keep: Keep | None = None
+    ) -> list[Target]:
+        """Score a batch. ``targets`` are the reference's, ``keep`` says what to return of the
+        logits as targets for other models; both are one for each chunk of rows, in order."""
+        began = time.perf_counter()
+        tokens = self.windows.tokens[batch.start : batch.stop].to(self.model.device)
+        logits = batch_logits(self.model, tokens, batch.first)
+        kept, parts = [], []
+        for i, (chunk, wanted) in enumerate(_chunks(logits, tokens[:, batch.first :])):
+            log_partition = chunk.logsumexp(-1)
+            scored = [log_partition - chunk.gather(-1, wanted[:, None])[:, 0]]
+            if targets is not None:
+                scored += [targets[i].kl(chunk, log_partition)]
+                scored += [(chunk.argmax(-1) == targets[i].argmax).float()]
+            parts.append(torch.stack(scored))
+            if keep is not None:
+                kept.append(keep(chunk, log_partition))
+        self._store(batch, torch.cat(parts, dim=1).cpu())
+        self._seconds += time.perf_counter() - began
+        return kept
+
+    def scores(self) -> Scores:
+        return Scores(**self._values, seconds=self._seconds)
+
+    def _store(self, batch: Batch, parts: torch.Tensor) -> None:
+        if not parts.isfinite().all():
+            raise UserError(
+                f"{self.name} gives non-finite logits in windows {batch.start} to "
+                f"{batch.stop - 1}: its weights or the dtype it runs in are broken"
+            )
+        rows = slice(batch.start, batch.stop)
+        for values, part in zip(self._values.values(), parts, strict=True):
+            values[rows, batch.first - 1 :] = part.view(batch.stop - batch.start, -1)
+
+
+def batch_logits(model: Any, tokens: torch.Tensor, first: int) -> torch.Tensor:
+    """Logits that predict positions ``first`` and on of ``tokens`` ``[batch, window]``, in the
+    model's dtype, ``[batch, window - first, vocabulary]``."""
+    count = tokens.shape[1] - first + 1
+    return last_logits(model, tokens, count, use_cache=False)[:, :-1]
+
+
+def _chunks(
+    logits: torch.Tensor, targets: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows of one window at a time: a slice across windows would have to copy them."""
+    size = max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
+    for window_logits, window_targets in zip(logits, targets, strict=True):
+        for start in range(0, len(window_logits), size):
+            rows = slice(start, start + size)
+            yield window_logits[rows].float(), window_targets[rows]
+
+
+def vocabulary(model: Any) -> int:
+    """Number of logits a model gives for a position."""
+    return int(model.config.get_text_config().vocab_size)

@@ -1,0 +1,145 @@
+"""A model to be evaluated: a name to load it by, or a model that is loaded already."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from posttrain.errors import UserError
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# Weights may fill this share of free memory; the rest is for logits, activations and others.
+MEMORY_SHARE = 0.6
+REPORT_FILE = "posttrain.json"  # what `quantize` measured, beside the checkpoint it wrote
+
+
+@dataclass
+class Subject:
+    """``name`` as the user gave it; ``model`` is None while it is not in memory. ``given``: the
+    user loaded it, so it is not ours to close."""
+
+    name: str
+    dtype: str = "float32"
+    model: Any = None
+    tokenizer: Any = None
+    given: bool = False
+
+    @classmethod
+    def of(cls, model: Any, dtype: str = "float32", tokenizer: Any = None) -> "Subject":
+        """From a name or path, or from a loaded transformers model, whose tokenizer is its
+        ``.tokenizer`` (as ``posttrain.load`` leaves it) or the one given."""
+        if isinstance(model, (str, Path)):
+            _torch_dtype(dtype)
+            return cls(str(model), dtype, None, tokenizer)
+        if not isinstance(model, torch.nn.Module):
+            raise UserError(f"a model is a path, a name or a loaded model, not {model!r:.80}")
+        tokenizer = tokenizer or getattr(model, "tokenizer", None)
+        if tokenizer is None:
+            raise UserError("a loaded model needs its tokenizer: set model.tokenizer, "
+                            "or load it with posttrain.load")  # fmt: skip
+        name = getattr(model, "name_or_path", "") or type(model).__name__
+        return cls(name, _dtype_name(model.dtype), model.eval(), tokenizer, given=True)
+
+    @property
+    def loaded(self) -> bool:
+        return self.model is not None
+
+    def open(self) -> Any:
+        """The model, loaded now if it was not. Quantized linears keep their dequantized weights
+        where memory clearly allows: the results are bitwise the same, and no weight is unpacked
+        again for every batch."""
+        if self.model is None:
+            from posttrain.models.load import load
+
+            roomy = self.memory_needed() < MEMORY_SHARE * psutil.virtual_memory().available
+            resident = "dequantized" if roomy else "packed"
+            self.model = load(self.name, dtype=_torch_dtype(self.dtype), resident=resident)
+        if self.tokenizer is None:
+            self.tokenizer = self.model.tokenizer
+        return self.model
+
+    def open_tokenizer(self) -> Any:
+        """The tokenizer, without loading the model."""
+        if self.tokenizer is None:
+            from posttrain.models.source import open_source
+
+            self.tokenizer = open_source(self.name).tokenizer()
+        return self.tokenizer
+
+    def close(self) -> None:
+        if not self.given:
+            self.model = None
+
+    def memory_needed(self) -> int:
+        """Bytes of the weights in the dtype they are computed in; 0 for what is loaded already."""
+        if self.loaded:
+            return 0
+        from posttrain.models.source import open_source
+        from posttrain.models.walk import skeleton
+
+        parameters = skeleton(open_source(self.name).config).parameters()
+        dtype = _torch_dtype(self.dtype)
+        width = 4 if dtype == "auto" else dtype.itemsize
+        return width * sum(parameter.numel() for parameter in parameters)
+
+    def facts(self) -> dict[str, Any]:
+        """Size and implementation of the open model."""
+        from posttrain.models.load import model_size
+
+        info = dict(getattr(self.model, "posttrain", None) or {})
+        if not {"bits_per_weight", "bytes"} <= info.keys():
+            info |= model_size(self.model)
+        found = {key: info[key] for key in ("bits_per_weight", "bytes")}
+        found |= {key: info[key] for key in ("format", "bytes_quantized") if key in info}
+        return found | {
+            "dtype": _dtype_name(self.model.dtype),
+            "implementation": implementation(self.model),
+        }
+
+    def quantize_report(self) -> dict[str, Any]:
+        """What ``posttrain quantize`` measured when it wrote this checkpoint, or ``{}``."""
+        path = Path(self.name) / REPORT_FILE
+        if not path.is_file():
+            return {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON: {error}; quantize the model again") from error
+        return found if isinstance(found, dict) else {}
+
+
+def implementation(model: torch.nn.Module) -> str:
+    """How the quantized linears of a model compute, or "torch" where it has none."""
+    names = {getattr(module, "implementation", None) for module in model.modules()}
+    return ", ".join(sorted(name for name in names if isinstance(name, str))) or "torch"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _torch_dtype(dtype: str) -> Any:
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"dtype must be one of auto, {', '.join(DTYPES)}, not {dtype!r}")
+    return DTYPES.get(dtype, "auto")
+
+
+def require_same_tokens(reference: Subject, other: Subject) -> None:
+    """Models can be compared token by token only when they cut text into the same tokens."""
+    mine, theirs = reference.tokenizer.get_vocab(), other.tokenizer.get_vocab()
+    if mine == theirs:
+        return
+    token = min(dict(mine.items() ^ theirs.items()), key=str)
+    raise UserError(
+        f"{reference.name} and {other.name} have different tokenizers ({len(mine)} and "
+        f"{len(theirs)} tokens; {token!r} is {mine.get(token, 'no token')} in one and "
+        f"{theirs.get(token, 'no token')} in the other), so their losses per token cannot be "
+        "paired (that would take bits per byte); evaluate them one by one"
+    )

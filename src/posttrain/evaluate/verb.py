@@ -1,0 +1,57 @@
+"""The evaluate verb: tasks over one model, gathered in one result."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.data import Text
+from posttrain.errors import UserError
+from posttrain.evaluate.perplexity import Options, perplexity
+from posttrain.evaluate.subject import Subject
+
+# A task takes an open-able subject and the options and returns its part of the result; it
+# keeps per-example records so that two models can be compared in pairs.
+Task = Callable[[Subject, Options], dict[str, Any]]
+TASKS: dict[str, Task] = {"perplexity": perplexity}
+
+
+def evaluate(
+    model: Any,
+    *,
+    tasks: Sequence[str] = ("perplexity",),
+    text: str | Path | Text | None = None,
+    window: int = 512,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    chat: bool = False,
+    dtype: str = "float32",
+    tokenizer: Any = None,
+    records: str | Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure a model on a text.
+
+    ``model`` is a directory, hub id, GGUF file or ``demo``, or a loaded transformers model (then
+    ``dtype`` is the model's own). ``text`` is a file, a corpus name or None for Python's language
+    reference. The text is read in windows of ``window`` tokens, ``stride`` apart (None: windows
+    side by side, every token but the first of each scored; smaller than the window: they
+    overlap, and each window after the first scores its last ``stride`` tokens). ``max_tokens``
+    bounds the tokens of text that are used. ``chat`` applies the chat template to rows of messages.
+    ``records`` is a file (.jsonl, .jsonl.gz, .npz) for the loss of every token.
+
+    The result holds ``model``, ``nll`` (nats per scored token), ``perplexity``, ``tokens``
+    (scored), ``bits_per_weight``, ``bytes``, and: ``nll_ci_low``/``nll_ci_high`` (95% bootstrap
+    interval over windows; NaN for a single window), ``window``, ``stride``, ``windows``, ``bos``,
+    ``window_nll`` (mean of each window), ``text`` (``name``, ``sha256``, ``tokens`` covered),
+    ``dtype``, ``implementation``, ``seconds`` (of scoring), ``tokens_per_second`` (scored).
+    Raises UserError for whatever the user can mend.
+    """
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown or not tasks:
+        raise UserError(f"unknown task {', '.join(unknown)!r}; known are {', '.join(TASKS)}")
+    subject = Subject.of(model, dtype, tokenizer)
+    options = Options(text, window, stride, max_tokens, chat, records, progress)
+    result: dict[str, Any] = {"model": subject.name}
+    for task in tasks:
+        result |= TASKS[task](subject, options)
+    return result | subject.facts()
