@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +35,14 @@ def compare(
     generations: bool = True,
     sensitivity: bool = False,
     records: str | Path | None = None,
-    out: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measure models on the same tokens and pair each with the first, the reference.
 
     Arguments are those of ``evaluate``; ``kl`` is "full" or "topk" (the reference's ``top_k``
-    likeliest tokens and the rest as one bucket), ``out`` an HTML report to write. Models run in
-    lockstep if they fit in memory together, else one after another with ``kl="topk"``: ``mode``
+    likeliest tokens and the rest as one bucket). ``posttrain.report.render_report`` makes a page
+    of the result. Models run in lockstep if they fit in memory together, else one after another with ``kl="topk"``: ``mode``
     and ``notes`` in the result say which.
 
     Result: ``models`` (each as ``evaluate`` gives it, with ``layers`` and ``recipe`` where the
@@ -54,9 +52,9 @@ def compare(
     window), ``kl`` = KL(a || b) in nats per token with its interval, and ``greedy_agreement``
     (share of positions with the same likeliest token). Further: ``text``, ``mode``, ``kl``,
     ``bootstrap``, ``position_nll`` (loss by position in the window), ``generations``, ``notes``,
-    ``created``, ``machine``, ``command`` and, where asked for, ``records`` and ``report``.
+    ``created``, ``machine``, ``command`` and, where asked for, ``records``.
     """
-    _check(models, kl, top_k, records, out)
+    _check(models, kl, top_k, records)
     options = Options(text, window, stride, max_tokens, chat, records, progress)
     comparison = _Comparison(
         [Subject.of(model, dtype) for model in models], options, Divergence(kl, top_k), seed
@@ -69,13 +67,10 @@ def compare(
     result["command"] = provenance.command(comparison.subjects, options, extra)
     if records is not None:
         result["records"] = str(comparison.write_records(records))
-    if out is not None:
-        # By name and only when asked for: the page is made by a package above this one.
-        result["report"] = str(import_module("posttrain.report").render_report(result, Path(out)))
     return result
 
 
-def _check(models: Sequence[Any], kl: str, top_k: int, records: Any, out: Any) -> None:
+def _check(models: Sequence[Any], kl: str, top_k: int, records: Any) -> None:
     if isinstance(models, (str, Path)) or len(models) < 2:
         raise UserError("compare needs a list of two or more models; the first is the reference")
     if kl not in KL_KINDS:
@@ -84,8 +79,6 @@ def _check(models: Sequence[Any], kl: str, top_k: int, records: Any, out: Any) -
         raise UserError(f"top_k must be at least 1, not {top_k}")
     if records is not None:
         check_records_path(records)
-    if out is not None and Path(out).is_dir():
-        raise UserError(f"out {out} is a folder; name the HTML file to write")
 
 
 @dataclass
