@@ -13,6 +13,8 @@ Nothing heavy is imported until one of them is used.
 
 import sys
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +25,17 @@ _VERBS = {
     "quantize": ("posttrain.quantize", "quantize"),
     "evaluate": ("posttrain.evaluate", "evaluate"),
     "compare": ("posttrain.evaluate", "compare"),
-    "load": ("posttrain.models", "load"),
+    "load": ("posttrain.models.load", "load"),
+    "chat": ("posttrain.lm.chat", "chat"),
     "run": ("posttrain.recipe", "run"),
 }
-__all__ = ["__version__", "compare", "evaluate", "load", "quantize", "run"]
+__all__ = ["__version__", "chat", "compare", "evaluate", "load", "quantize", "run"]
 
 if TYPE_CHECKING:
     from posttrain.evaluate import compare as compare
     from posttrain.evaluate import evaluate as evaluate
-    from posttrain.models import load as load
+    from posttrain.lm.chat import chat as chat
+    from posttrain.models.load import load as load
     from posttrain.quantize import quantize as quantize
     from posttrain.recipe import run as run
 
@@ -76,4 +80,41 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_VERBS})
 
 
+class _QuantizerHook(MetaPathFinder):
+    """Registers our checkpoint format once transformers' own table of quantizers is imported.
+
+    transformers imports that table when a model is first loaded, so whichever of posttrain and
+    transformers comes first, `AutoModelForCausalLM.from_pretrained` knows our format, and
+    `import posttrain` need not import transformers.
+    """
+
+    TABLE = "transformers.quantizers.auto"
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname != self.TABLE:
+            return None
+        found = PathFinder.find_spec(fullname, path, target)
+        if found is not None and found.loader is not None:
+            loader, run = found.loader, found.loader.exec_module
+
+            def run_and_register(module: ModuleType) -> None:
+                run(module)
+                self.register()
+
+            loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return found
+
+    @staticmethod
+    def register() -> None:
+        import_module("posttrain.models.hf").register()
+
+    @classmethod
+    def install(cls) -> None:
+        if cls.TABLE in sys.modules:
+            cls.register()
+        elif not any(isinstance(finder, cls) for finder in sys.meta_path):
+            sys.meta_path.insert(0, cls())
+
+
 sys.modules[__name__].__class__ = _Posttrain
+_QuantizerHook.install()

@@ -1,0 +1,516 @@
+"""The compressed-tensors schema: which number formats it can say, how it stores them, how to read it.
+
+`quantization_config` holds `config_groups`: each names its `targets` (module names, `re:` patterns or
+the class "Linear"), arguments for `weights` and `input_activations`, and a storage `format`:
+
+    pack-quantized        weight_packed I32 (codes + 2^(b-1), dense little-endian bit stream, rows
+                          padded to words), weight_scale, weight_shape, weight_zero_point
+    int-/float-quantized  weight I8 / F8_E4M3, weight_scale, weight_zero_point I8
+    nvfp4-pack-quantized  weight_packed U8 (even element in the low nibble), weight_scale F8_E4M3,
+                          weight_global_scale F32 (a divisor)
+    mxfp4-/mxfp6-pack-quantized, mxfp8-quantized   codes U8 / F8_E4M3, weight_scale U8 (E8M0)
+
+Source: compressed-tensors 0.20, quantization/quant_args.py and compressors/. Its reader decodes the
+last row of that table to bfloat16 whatever the model's dtype is, so those checkpoints must declare
+bfloat16. Integer and float scales are read in the model's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.errors import UserError
+from posttrain.models.plan import LayerPlan
+from posttrain.numbers import Factor, QTensor, Scales, Spec, pack, spec, unpack
+
+METHOD = "compressed-tensors"
+WORD = 4  # bytes: packed rows are padded to 32-bit words
+STRATEGIES = {"tensor": "tensor", "row": "channel"}
+FLOAT_SCALES = ("fp32", "fp16", "bf16")
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class NotExpressible(Exception):
+    """The schema, or its reader in transformers, cannot say this; the message says why."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block-scaled float format that has a storage format of its own."""
+
+    format: str
+    bits: int
+    group: int
+    strategy: str
+    scale_dtype: str
+
+
+# Canonical chain (element grid, then scale grids over partitions, scale rounding left out) -> row.
+BLOCK_FORMATS = {
+    "e2m1 | e4m3/g16 * fp32/tensor": Block(
+        "nvfp4-pack-quantized", 4, 16, "tensor_group", "torch.float8_e4m3fn"
+    ),
+    "e2m1 | e8m0/g32": Block("mxfp4-pack-quantized", 4, 32, "group", "torch.uint8"),
+    "e2m3 | e8m0/g32": Block("mxfp6-pack-quantized", 6, 32, "group", "torch.uint8"),
+    "e4m3 | e8m0/g32": Block("mxfp8-quantized", 8, 32, "group", "torch.uint8"),
+}
+CHAIN_OF_FORMAT = {row.format: chain for chain, row in BLOCK_FORMATS.items()}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One config group: storage format, `weights` and `input_activations` arguments, and the dtype
+    the model must have for the format's reader (None: any)."""
+
+    format: str
+    weights: dict[str, Any]
+    inputs: dict[str, Any] | None = None
+    dtype: torch.dtype | None = field(default=None)
+
+
+# ------------------------------------------------------------------------------ Spec -> schema
+
+
+def express(layer: LayerPlan, shape: tuple[int, ...]) -> Scheme:
+    """The config group for a layer whose weight has this shape. Raises NotExpressible."""
+    assert layer.weight is not None
+    if len(shape) != 2:
+        raise NotExpressible("experts kept as one 3-D parameter have no module it could target")
+    if layer.branches:
+        raise NotExpressible("it knows no additive branches")
+    inputs = None if layer.input is None else _input_args(layer.input, shape[1])
+    row = BLOCK_FORMATS.get(chain(layer.weight))
+    if row is not None:
+        return _block_scheme(row, inputs, shape[1])
+    return _scaled_scheme(layer.weight, inputs, shape[1])
+
+
+def chain(spec: Spec) -> str:
+    """Grids and partitions of a spec without rounding rules; "" when it has nested factors."""
+    if any(f.nested is not None or f.power != 1.0 or f.limit for f in spec.factors):
+        return ""
+    scales = " * ".join(f"{f.grid_name}/{f.partition}" for f in spec.factors)
+    return f"{spec.grid.name} | {scales}"
+
+
+def _block_scheme(row: Block, inputs: dict[str, Any] | None, columns: int) -> Scheme:
+    if columns % row.group:
+        raise NotExpressible(f"groups of {row.group} do not divide {columns} inputs")
+    if inputs is not None:
+        raise NotExpressible(f"its {row.format} does not go with this input format")
+    weights = _args(row.bits, "float", row.strategy, group_size=row.group)
+    return Scheme(row.format, weights | {"scale_dtype": row.scale_dtype}, None, torch.bfloat16)
+
+
+def _scaled_scheme(weight: Spec, inputs: dict[str, Any] | None, columns: int) -> Scheme:
+    """Integers or E4M3 with one float scale per tensor, row, group or (E4M3) 128 x 128 tile."""
+    grid = weight.grid
+    factor = _only_float_factor(weight)
+    if grid.kind == "int":
+        strategy = _strategy(factor, columns)
+        return _int_scheme(grid.bits, not grid.zero_point, strategy, inputs)
+    if grid.name != "e4m3":
+        raise NotExpressible(f"it has no {grid.name} codes with a {factor} scale")
+    tiles = {"strategy": "block", "block_structure": [128, 128]}
+    tiled = str(factor.partition) == "t128x128" and columns % 128 == 0
+    strategy = tiles if tiled else _strategy(factor, columns)
+    return Scheme("float-quantized", _args(8, "float", **strategy), inputs)
+
+
+def _int_scheme(
+    bits: int, symmetric: bool, strategy: dict[str, Any], inputs: dict[str, Any] | None
+) -> Scheme:
+    weights = _args(bits, "int", symmetric=symmetric, **strategy)
+    whole_bytes = bits == 8 and inputs is not None and strategy["strategy"] != "group"
+    if whole_bytes or (bits == 8 and not symmetric):
+        return Scheme("int-quantized", weights, inputs)
+    if not symmetric and strategy["strategy"] != "tensor":
+        raise NotExpressible(
+            "transformers reserves unpacked shapes for the packed zero points of pack-quantized, "
+            "so it cannot load them"
+        )
+    # Named in every group: with integer inputs the format would otherwise be inferred as
+    # int-quantized, one byte per weight.
+    return Scheme("pack-quantized", weights, inputs)
+
+
+def _input_args(spec: Spec, columns: int) -> dict[str, Any]:
+    """Dynamic activations. The reader's own convention is absmax / 127.5 (int8h)."""
+    grid = spec.grid
+    names = {f"int{bits}h": (bits, "int") for bits in range(2, 9)} | {"e4m3": (8, "float")}
+    if grid.name not in names or chain(spec) == "":
+        raise NotExpressible(f"it has no input format {spec}")
+    factor = _only_float_factor(spec)
+    if factor.grid_name != "fp32" or spec.rounding != "rne":
+        raise NotExpressible(f"inputs ({spec}) are scaled in float32 and rounded to nearest there")
+    strategy = _strategy(factor, columns)
+    if strategy["strategy"] == "channel":
+        strategy = {"strategy": "token"}
+    bits, kind = names[grid.name]
+    return _args(bits, kind, **strategy) | {"dynamic": True}
+
+
+def _only_float_factor(spec: Spec) -> Factor:
+    if chain(spec) == "" or len(spec.factors) != 1:
+        raise NotExpressible("it knows one scale per block, not this chain of factors")
+    factor = spec.factors[0]
+    if factor.grid_name not in FLOAT_SCALES:
+        raise NotExpressible(f"it has no {spec.grid.name} codes with a {factor} scale")
+    return factor
+
+
+def _strategy(factor: Factor, columns: int) -> dict[str, Any]:
+    name = str(factor.partition)
+    if name in STRATEGIES:
+        return {"strategy": STRATEGIES[name]}
+    if not re.fullmatch(r"g\d+", name):
+        raise NotExpressible(f"it has no scales per {name}")
+    group = factor.partition.cols
+    if columns % group:
+        raise NotExpressible(f"groups of {group} do not divide {columns} inputs")
+    return {"strategy": "group", "group_size": group}
+
+
+def _args(bits: int, kind: str, strategy: str, **rest: Any) -> dict[str, Any]:
+    fixed = {"num_bits": bits, "type": kind, "strategy": strategy}
+    return {**fixed, "symmetric": True, "dynamic": False, "group_size": None, **rest}
+
+
+# ------------------------------------------------------------------------------ writing
+
+
+def quantization_config(
+    layers: Mapping[str, LayerPlan], shapes: Mapping[str, tuple[int, ...]], model: nn.Module
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json. `model`: the skeleton, to list what is ignored."""
+    groups = _groups(layers, shapes)
+    formats = sorted({scheme.format for scheme, _ in groups})
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return {
+        "quant_method": METHOD,
+        "format": formats[0] if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{i}": {
+                "targets": ["Linear"] if len(groups) == 1 else names,
+                "weights": scheme.weights,
+                "input_activations": scheme.inputs,
+                "output_activations": None,
+                "format": scheme.format,
+            }
+            for i, (scheme, names) in enumerate(groups)
+        },
+        "ignore": [name for name in linears if name not in layers],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _groups(
+    layers: Mapping[str, LayerPlan], shapes: Mapping[str, tuple[int, ...]]
+) -> list[tuple[Scheme, list[str]]]:
+    groups: list[tuple[Scheme, list[str]]] = []
+    for name, layer in layers.items():
+        scheme = express(layer, shapes[name])
+        for known, names in groups:
+            if known == scheme:
+                names.append(name)
+                break
+        else:
+            groups.append((scheme, [name]))
+    return groups
+
+
+def store(name: str, q: QTensor, layer: LayerPlan) -> dict[str, Tensor]:
+    """The tensors of one layer, under their names in the checkpoint."""
+    scheme = express(layer, tuple(q.shape))
+    tensors = _store_codes(q, scheme) | _store_scales(q, scheme)
+    return {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+
+
+def _store_codes(q: QTensor, scheme: Scheme) -> dict[str, Tensor]:
+    if scheme.format == "int-quantized":
+        signed = q.codes.to(torch.int16) - (0 if scheme.weights["symmetric"] else 128)
+        return {"weight": signed.to(torch.int8)}
+    if scheme.format in ("float-quantized", "mxfp8-quantized"):
+        return {"weight": q.codes.view(torch.float8_e4m3fn)}
+    if scheme.format != "pack-quantized":
+        return {"weight_packed": pack(q.codes, q.spec.bits)}
+    middle = 1 << (q.spec.bits - 1) if scheme.weights["symmetric"] else 0
+    packed = pack((q.codes.to(torch.int16) + middle).to(torch.uint8), q.spec.bits)
+    padded = nn.functional.pad(packed, (0, -packed.shape[-1] % WORD))
+    return {"weight_packed": padded.view(torch.int32), "weight_shape": torch.tensor(q.shape)}
+
+
+def _store_scales(q: QTensor, scheme: Scheme) -> dict[str, Tensor]:
+    first, *rest = q.scales.stored
+    assert isinstance(first, Tensor)
+    tensors = {"weight_scale": first}
+    if scheme.weights["strategy"] == "tensor":
+        tensors["weight_scale"] = first.reshape(1)
+    if scheme.format == "nvfp4-pack-quantized":
+        assert isinstance(rest[0], Tensor)
+        tensors["weight_scale"] = first.view(torch.float8_e4m3fn)
+        tensors["weight_global_scale"] = rest[0].reshape(1)
+    if q.scales.zero_point is not None:
+        middle = 1 << (scheme.weights["num_bits"] - 1)
+        zero_point = (q.scales.zero_point.to(torch.int16) - middle).to(torch.int8)
+        tensors["weight_zero_point"] = zero_point.reshape(tensors["weight_scale"].shape)
+    return tensors
+
+
+# ------------------------------------------------------------------------------ reading
+
+
+class Reader:
+    """Reads a checkpoint of this schema, also one that another tool wrote.
+
+    Raises NotExpressible (from the constructor) when the checkpoint uses a part of the schema that
+    our layers cannot compute: then transformers has to load it.
+    """
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        self.where = f"{where}: quantization_config"
+        self.ignore = list(config.get("ignore") or [])
+        self.groups = [
+            _Group.read(group, config.get("format"), f"{self.where}: config_groups[{name!r}]")
+            for name, group in _mapping(config.get("config_groups"), self.where).items()
+        ]
+        for key in ("kv_cache_scheme", "transform_config"):
+            if config.get(key):
+                raise NotExpressible(f"it uses {key}")
+        if config.get("quantization_status") != "compressed":
+            raise NotExpressible("its weights are not stored compressed")
+
+    def group_of(self, name: str, module: nn.Module) -> _Group | None:
+        """The group that quantizes this module: exact names before patterns before classes."""
+        kind = type(module).__name__
+        if any(_matches(name, kind, target) for target in self.ignore):
+            return None
+        ranked = sorted(
+            (_rank(target), i)
+            for i, group in enumerate(self.groups)
+            for target in group.targets
+            if _matches(name, kind, target)
+        )
+        return self.groups[ranked[0][1]] if ranked else None
+
+
+@dataclass(frozen=True)
+class _Group:
+    targets: list[str]
+    format: str
+    weights: dict[str, Any]
+    input: Spec | None
+
+    @classmethod
+    def read(cls, group: object, fallback: object, where: str) -> _Group:
+        if not isinstance(group, Mapping) or not isinstance(group.get("targets"), list):
+            raise UserError(f"{where}: expected 'targets' and 'weights'; found {group!r}")
+        weights = group.get("weights")
+        if not isinstance(weights, Mapping) or group.get("output_activations"):
+            raise NotExpressible("a group quantizes outputs, or no weights")
+        if "Embedding" in group["targets"]:
+            raise NotExpressible("it quantizes embeddings")
+        found = cls(
+            group["targets"],
+            str(group.get("format") or fallback),
+            dict(weights),
+            _input_spec(group.get("input_activations")),
+        )
+        found.check()
+        return found
+
+    def check(self) -> None:
+        """NotExpressible unless `read_module` understands these weights."""
+        if self.format not in {*CHAIN_OF_FORMAT, *_SCALED_FORMATS}:
+            raise NotExpressible(f"its format is {self.format}")
+        if self.weights.get("dynamic"):
+            raise NotExpressible("its weights are quantized dynamically")
+        if self.format in _SCALED_FORMATS:
+            _grid_name(self.weights)
+            _partition_name(self.weights)
+
+    def weight_spec(self, scale_dtype: torch.dtype) -> Spec:
+        """The number format of the weights, given the dtype their scales are held in."""
+        text = CHAIN_OF_FORMAT.get(self.format)
+        if text is None:
+            scale = DTYPE_NAMES.get(scale_dtype, "fp32")
+            text = f"{_grid_name(self.weights)} | {scale}/{_partition_name(self.weights)}"
+        return spec(text)
+
+
+_SCALED_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+
+
+def read_module(
+    where: str,
+    tensors: dict[str, Tensor],
+    group: _Group,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> tuple[QTensor, LayerPlan]:
+    """One layer from its tensors (suffix -> tensor); those used are removed from `tensors`.
+
+    dtype: the compute dtype. As in the format's own reader, float scales take it; scales stored
+    narrower than float32 stay so in memory in a float32 model, which changes no value.
+    """
+    scale = _pop(where, tensors, "weight_scale")
+    if scale.dtype in DTYPE_NAMES and dtype != torch.float32:
+        scale = scale.to(dtype)
+    weight = group.weight_spec(scale.dtype)
+    factors = _read_factors(where, tensors, group, scale, weight, shape)
+    codes = _read_codes(where, tensors, group, weight, shape)
+    zero_point = None
+    if weight.grid.zero_point:
+        counts = weight.factors[0].partition.counts((shape[0], shape[1]))
+        zero_point = _read_zero_point(where, tensors, group, weight, counts)
+    q = QTensor(codes, Scales(weight, factors, zero_point), weight)
+    return q, LayerPlan(weight, group.input)
+
+
+def _read_factors(
+    where: str,
+    tensors: dict[str, Tensor],
+    group: _Group,
+    scale: Tensor,
+    weight: Spec,
+    shape: tuple[int, ...],
+) -> tuple[Tensor, ...]:
+    found = [scale.view(torch.uint8) if scale.dtype == torch.float8_e4m3fn else scale]
+    if group.format == "nvfp4-pack-quantized":
+        found.append(_pop(where, tensors, "weight_global_scale"))
+    factors = []
+    for factor, tensor in zip(weight.factors, found, strict=True):
+        counts = factor.partition.counts((shape[0], shape[1]))
+        if tensor.numel() != math.prod(counts) or tensor.dtype != factor.grid.code_dtype:
+            raise UserError(
+                f"{where}: a scale is {list(tensor.shape)} of {tensor.dtype}; {weight} of shape "
+                f"{list(shape)} needs {list(counts)} of {factor.grid.code_dtype}"
+            )
+        factors.append(tensor.reshape(counts))
+    return tuple(factors)
+
+
+def _read_codes(
+    where: str, tensors: dict[str, Tensor], group: _Group, weight: Spec, shape: tuple[int, ...]
+) -> Tensor:
+    bits = weight.bits
+    if group.format in ("int-quantized", "float-quantized", "naive-quantized", "mxfp8-quantized"):
+        stored = torch.int8 if weight.grid.kind == "int" else torch.float8_e4m3fn
+        codes = _shaped(where, _pop(where, tensors, "weight"), "weight", shape, stored)
+        if weight.grid.zero_point:
+            return (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+        return codes if stored == torch.int8 else codes.view(torch.uint8)
+    packed = _pop(where, tensors, "weight_packed")
+    if group.format != "pack-quantized":
+        packed = _shaped(
+            where, packed, "weight_packed", (shape[0], shape[1] * bits // 8), torch.uint8
+        )
+        return unpack(packed, bits, shape[1])
+    said = _pop(where, tensors, "weight_shape")
+    if said.tolist() != list(shape):
+        raise UserError(f"{where}.weight_shape says {said.tolist()}; the model has {list(shape)}")
+    words = -(-shape[1] * bits // 32)
+    packed = _shaped(where, packed, "weight_packed", (shape[0], words), torch.int32)
+    return _centred(_unpack_words(packed, bits, shape[1]), weight)
+
+
+def _read_zero_point(
+    where: str, tensors: dict[str, Tensor], group: _Group, weight: Spec, counts: tuple[int, int]
+) -> Tensor:
+    stored = _pop(where, tensors, "weight_zero_point")
+    bits = weight.bits
+    if stored.dtype != torch.int32:  # unpacked, one signed byte each
+        stored = _shaped(where, stored.reshape(counts), "weight_zero_point", counts, torch.int8)
+        return (stored.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+    words = -(-counts[0] * bits // 32)
+    stored = _shaped(where, stored, "weight_zero_point", (words, counts[1]), torch.int32)
+    return _unpack_words(stored.T.contiguous(), bits, counts[0]).T.contiguous()
+
+
+def _unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
+    as_bytes = words.contiguous().view(torch.uint8)
+    return unpack(as_bytes[..., : -(-count * bits // 8)], bits, count)
+
+
+def _centred(unsigned: Tensor, weight: Spec) -> Tensor:
+    """Codes of a symmetric grid from codes + 2^(b-1); grids with a zero point keep them."""
+    if weight.grid.zero_point:
+        return unsigned
+    return (unsigned.to(torch.int16) - (1 << (weight.bits - 1))).to(torch.int8)
+
+
+def _grid_name(args: Mapping[str, Any]) -> str:
+    bits, kind = args.get("num_bits"), args.get("type")
+    if kind == "int" and isinstance(bits, int) and 2 <= bits <= 8:
+        return f"int{bits}t" if args.get("symmetric", True) else f"int{bits}z"
+    if kind == "float" and bits == 8 and args.get("symmetric", True):
+        return "e4m3"
+    raise NotExpressible(f"its weights are {bits}-bit {kind}")
+
+
+def _partition_name(args: Mapping[str, Any]) -> str:
+    strategy, group = args.get("strategy"), args.get("group_size")
+    if strategy is None:
+        strategy = "tensor" if group is None else "channel" if group == -1 else "group"
+    if strategy == "group" and isinstance(group, int) and group > 0:
+        return f"g{group}"
+    tile = args.get("block_structure")
+    if strategy == "block" and isinstance(tile, list) and len(tile) == 2:
+        return f"t{tile[0]}x{tile[1]}"
+    names = {"tensor": "tensor", "channel": "row", "token": "row"}
+    if strategy not in names:
+        raise NotExpressible(f"its strategy is {strategy!r}")
+    return names[strategy]
+
+
+def _input_spec(args: object) -> Spec | None:
+    if args is None:
+        return None
+    if not isinstance(args, Mapping) or args.get("dynamic") is not True:
+        raise NotExpressible("its inputs use fixed scales")
+    if not args.get("symmetric", True) or args.get("scale_dtype"):
+        raise NotExpressible("its inputs use zero points or quantized scales")
+    grid = "e4m3" if _grid_name(args) == "e4m3" else f"int{args['num_bits']}h"
+    return spec(f"{grid} | fp32/{_partition_name(args)}")
+
+
+def _rank(target: str) -> int:
+    return 1 if target.startswith("re:") else 2 if target == "Linear" else 0
+
+
+def _matches(name: str, kind: str, target: str) -> bool:
+    if target.startswith("re:"):
+        return re.match(target[3:], name) is not None
+    return target in (name, kind)
+
+
+def _mapping(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping) or not value:
+        raise UserError(f"{where}: 'config_groups' must be a mapping of groups; found {value!r}")
+    return value
+
+
+def _pop(where: str, tensors: dict[str, Tensor], suffix: str) -> Tensor:
+    if suffix not in tensors:
+        raise UserError(f"{where}.{suffix} is missing from the checkpoint")
+    return tensors.pop(suffix)
+
+
+def _shaped(
+    where: str, tensor: Tensor, suffix: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+        raise UserError(
+            f"{where}.{suffix} is {list(tensor.shape)} of {tensor.dtype}; expected {list(shape)} "
+            f"of {dtype}"
+        )
+    return tensor

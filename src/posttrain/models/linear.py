@@ -1,0 +1,245 @@
+"""A quantized linear layer: packed codes, scales, an input format, additive branches.
+
+    y = F.linear(Q_x(x), W) + bias + sum_b branch_b(x),      W = decode(codes) * scale
+
+x is [..., in], W is [out, in]. Two ways of computing the product live side by side:
+
+- `forward` ("dequantize"): the product of the dequantized operands in the compute dtype. In float32
+  it is bitwise what compressed-tensors computes for the same checkpoint.
+- `integer_forward`: integer codes multiplied with exact int32 accumulation inside each block of
+  constant scale, then one float32 scale per block. Integer kernels have to match it bit by bit; it
+  differs from `forward` only by float32 rounding (bound: `integer_bound`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from posttrain.errors import UserError
+from posttrain.models import native
+from posttrain.models.plan import LayerPlan
+from posttrain.numbers import QTensor, Spec, fake_quantize, quantize
+
+RESIDENT = ("packed", "dequantized")
+# Largest code magnitude times K that int32 accumulation of two 8-bit operands can hold.
+MAX_INT32_K = (2**31 - 1) // (255 * 255)
+
+
+class QuantLinear(nn.Module):
+    """Drop-in for nn.Linear whose weight is stored as packed codes and scales.
+
+    Buffers: `weight_codes` (uint8, packed), `weight_scale_0`, ... and `weight_zero_point`, named by
+    `native.layout`; parameter `bias` (or None); `branches`, modules called with x whose results are
+    added. `resident` is "packed" (dequantize in every forward: least memory) or "dequantized" (keep
+    the dequantized weight too: fastest, same results bit for bit).
+    """
+
+    bias: nn.Parameter | None
+    implementation = "dequantize"
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        layer: LayerPlan,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str = "meta",
+    ) -> None:
+        super().__init__()
+        if layer.weight is None:
+            raise ValueError("QuantLinear needs a weight format; leave the layer an nn.Linear")
+        self.out_features, self.in_features = out_features, in_features
+        self.layer = layer
+        self.dtype = dtype
+        for name, (shape, stored) in native.layout("weight", layer.weight, self.shape).items():
+            self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
+        if bias:
+            values = torch.empty(out_features, dtype=dtype, device=device)
+            self.bias = nn.Parameter(values, requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+        self.branches = nn.ModuleList(layer.branches)
+        self._resident = "packed"
+        self._dense: Tensor | None = None
+
+    @classmethod
+    def empty(
+        cls,
+        out_features: int,
+        in_features: int,
+        layer: LayerPlan,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str = "meta",
+    ) -> QuantLinear:
+        """A layer whose buffers wait to be filled by a loader."""
+        return cls(out_features, in_features, layer, bias, dtype, device)
+
+    @classmethod
+    def from_qtensor(
+        cls,
+        qweight: QTensor,
+        layer: LayerPlan,
+        bias: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> QuantLinear:
+        """A layer that computes in `dtype` with this weight [out, in]."""
+        out_features, in_features = qweight.shape
+        made = cls(out_features, in_features, layer, bias is not None, dtype)
+        for name, tensor in native.pack_qtensor("weight", qweight).items():
+            native.put(made, name, tensor)
+        if bias is not None:
+            made.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+        return made
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
+    def weight_spec(self) -> Spec:
+        assert self.layer.weight is not None
+        return self.layer.weight
+
+    def qweight(self) -> QTensor:
+        """The weight as codes and scales, unpacked."""
+        return native.unpack_qtensor("weight", self._buffers, self.weight_spec, self.shape)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight [out, in] in the compute dtype."""
+        if self._dense is not None:
+            return self._dense
+        dense = self.qweight().dequantize(self.dtype)
+        if self._resident == "dequantized":
+            self._dense = dense
+        return dense
+
+    @property
+    def resident(self) -> str:
+        return self._resident
+
+    @resident.setter
+    def resident(self, how: str) -> None:
+        check_resident(how)
+        self._resident = how
+        self._dense = None
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """x as the product sees it: snapped to the input format and back, dtype kept."""
+        spec = self.layer.input
+        return x if spec is None or x.numel() == 0 else fake_quantize(x, spec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(self.quantized_input(x), self.weight, self.bias)
+        return self._add_branches(y, x)
+
+    def integer_forward(self, x: Tensor) -> Tensor:
+        """The product in integers: exact int32 sums inside each scale block, float32 across them.
+
+        Needs integer weight and input formats whose scales are constant along blocks of the input
+        axis. Raises UserError for others. Returns x's dtype.
+        """
+        if self.layer.input is None:
+            raise UserError("integer_forward needs an input format such as 'int8h | fp32/row'")
+        qx = quantize(x.reshape(-1, self.in_features), self.layer.input)
+        y = integer_product(qx, self.qweight())
+        if self.bias is not None:
+            y = y + self.bias.to(torch.float32)
+        y = y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        return self._add_branches(y, x)
+
+    def _add_branches(self, y: Tensor, x: Tensor) -> Tensor:
+        for branch in self.branches:
+            y = y + branch(x)
+        return y
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """Move like any module, but a change of dtype changes the compute dtype, never the scales."""
+        stored = {
+            name: tensor.dtype for name, tensor in self._buffers.items() if tensor is not None
+        }
+        kept = {name: tensor for name, tensor in self._buffers.items()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, dtype in stored.items():
+            moved, old = self._buffers[name], kept[name]
+            if moved is not None and old is not None and moved.dtype != dtype:
+                self._buffers[name] = old.to(moved.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self._dense = None
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"weight={str(self.weight_spec)!r}, input={str(self.layer.input or '')!r}, "
+            f"bias={self.bias is not None}, {self._resident}"
+        )
+
+
+def check_resident(how: str) -> None:
+    """UserError unless `how` says where dequantized weights live."""
+    if how not in RESIDENT:
+        raise UserError(f"resident={how!r}: choose one of {', '.join(RESIDENT)}")
+
+
+def integer_product(qx: QTensor, qw: QTensor) -> Tensor:
+    """x W^T for codes of x [tokens, in] and of W [out, in]; float32 [tokens, out].
+
+    Along the input axis both scales are constant inside blocks of `width` columns. Per block the
+    codes (minus zero points) are multiplied and summed exactly in int32, and the sum is scaled by
+    both scales in float32; blocks are added in order.
+    """
+    inputs = qx.shape[-1]
+    width = math.gcd(_scale_width(qx.spec, inputs), _scale_width(qw.spec, inputs))
+    if width > MAX_INT32_K:
+        width = math.gcd(width, 2 ** (MAX_INT32_K.bit_length() - 1))
+    x, sx = _integers(qx, width)
+    w, sw = _integers(qw, width)
+    y = torch.zeros(x.shape[0], w.shape[0], dtype=torch.float32, device=x.device)
+    for block, start in enumerate(range(0, inputs, width)):
+        part = slice(start, start + width)
+        exact = torch.matmul(x[:, part], w[:, part].T).to(torch.float32)
+        y += exact * sx[:, block, None] * sw[None, :, block]
+    return y
+
+
+def integer_bound(layer: QuantLinear, x: Tensor) -> Tensor:
+    """Largest difference between `integer_forward` and `forward` in float32, per output.
+
+    With u = 2^-24, x^ and W^ the dequantized operands and K inputs, both paths sum the same exact
+    products; each rounds at most K + 4 times on the way to a term of absolute sum |x^| |W^|^T:
+
+        |difference| <= 2 (K + 4) u (|x^| |W^|^T + |bias|)
+    """
+    dense = layer.qweight().dequantize(torch.float32).abs()
+    reach = layer.quantized_input(x).to(torch.float32).abs() @ dense.T
+    if layer.bias is not None:
+        reach = reach + layer.bias.to(torch.float32).abs()
+    return 2 * (layer.in_features + 4) * 2.0**-24 * reach
+
+
+def _scale_width(spec: Spec, inputs: int) -> int:
+    """Columns over which the scale of a [rows, inputs] matrix is constant."""
+    if spec.grid.kind != "int":
+        raise UserError(f"integer_forward needs integers; {spec} stores {spec.grid.name}")
+    partitions = [factor.partition for factor in spec.factors]
+    if any(p.flat for p in partitions):
+        raise UserError(f"integer_forward cannot use {spec}: its scale blocks straddle rows")
+    return math.gcd(*(p.cols for p in partitions)) or inputs
+
+
+def _integers(q: QTensor, width: int) -> tuple[Tensor, Tensor]:
+    """Codes minus zero points as int32 [rows, in], and the scale of each block [rows, blocks]."""
+    matrix = tuple(q.shape)
+    codes = q.codes.to(torch.int32)
+    zero_point = q.scales.expand_zero_point(matrix)
+    if zero_point is not None:
+        codes = codes - zero_point.to(torch.int32)
+    return codes, q.scales.expand(matrix)[:, ::width].to(torch.float32)

@@ -1,0 +1,379 @@
+"""Load any model: full precision, GGUF, compressed-tensors, our own format, or another tool's.
+
+Tensors are read block by block into a skeleton on the meta device, so memory never holds two
+copies of the model. Quantized layers become `QuantLinear`; every tensor of the checkpoint must find
+its place and every parameter its tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.errors import UserError, did_you_mean
+from posttrain.models import compressed_tensors, experts, native
+from posttrain.models.base import Source
+from posttrain.models.checkpoint import check_finished
+from posttrain.models.linear import QuantLinear, check_resident
+from posttrain.models.plan import LayerPlan, shorten
+from posttrain.models.source import open_source
+from posttrain.models.walk import assign, decoder_blocks, skeleton
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(model: str | Path, *, dtype: str | torch.dtype = "auto", resident: str = "packed") -> Any:
+    """Load a model for inference.
+
+    model: a directory, hub id, .gguf file or "demo"; quantized or not.
+    dtype: compute dtype: "auto" (what config.json says), "float32", "bfloat16" or "float16".
+    resident: "packed" keeps quantized weights packed (least memory); "dequantized" also keeps them
+        expanded after their first use (fastest; the same results bit for bit).
+
+    Returns the transformers model in eval mode, with `.tokenizer` and `.posttrain`, a dictionary
+    of `source`, `format`, `implementation`, `dtype`, `parameters`, `bits_per_weight`, `bytes` and
+    `bytes_quantized` (see `model_size`). Raises UserError for anything wrong with the files.
+    """
+    check_resident(resident)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        check_finished(path)
+    source = open_source(model)
+    loaded, how = _load(source, _dtype(dtype, source))
+    set_resident(loaded, resident)
+    info: dict[str, Any] = {"source": source.name, **how, "dtype": _name(loaded.config.dtype)}
+    loaded.posttrain = info | stored_size(source, loaded)
+    loaded.tokenizer = _tokenizer(source)
+    return loaded.eval()
+
+
+def set_resident(model: nn.Module, how: str) -> None:
+    """Choose where dequantized weights live, for all quantized layers (see `load`)."""
+    check_resident(how)
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.resident = how
+        for record in experts.records(module).values():
+            record.keep, record.dense = how == "dequantized", None
+
+
+def _load(source: Source, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    config = source.quantization_config
+    if config is None:
+        return _load_plain(source, dtype), {"format": "none", "implementation": "torch"}
+    method = str(config.get("quant_method"))
+    if method == native.METHOD:
+        layers = native.read_config(config, f"{source.path}/config.json")
+        model = _load_native(source, layers, dtype)
+    elif method == compressed_tensors.METHOD:
+        try:
+            reader = compressed_tensors.Reader(config, f"{source.path}/config.json")
+        except compressed_tensors.NotExpressible:
+            return _load_foreign(source, method, dtype)
+        model = _load_compressed(source, reader, dtype)
+    else:
+        return _load_foreign(source, method, dtype)
+    return model, {"format": method, "implementation": QuantLinear.implementation}
+
+
+# ------------------------------------------------------------------------------ full precision
+
+
+def _load_plain(source: Source, dtype: torch.dtype) -> Any:
+    model = _skeleton(source, dtype)
+    for name in source.tensor_names():
+        assign(model, "", source.read([name]))
+    return _finished(model, source)
+
+
+def _skeleton(source: Source, dtype: torch.dtype) -> Any:
+    model: Any = skeleton(source.config, dtype)
+    model.config.dtype = dtype
+    if (source.path / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(source.path)
+    return model
+
+
+def _finished(model: Any, source: Source) -> Any:
+    """The model, if every parameter and buffer found its tensor."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    lost = [name for name, tensor in named if tensor.is_meta]
+    if lost:
+        raise UserError(f"{source.path}: the checkpoint lacks {shorten(lost)}")
+    return model
+
+
+# ------------------------------------------------------------------------------ our own format
+
+
+def install(model: nn.Module, layers: Mapping[str, LayerPlan], where: str) -> None:
+    """Replace every layer named in `layers` by an empty quantized one, on the meta device."""
+    for name, layer in layers.items():
+        parent_name, _, leaf = name.rpartition(".")
+        parent = _submodule(model, parent_name, name, where)
+        if leaf in parent._parameters:
+            experts.quantize_parameter(parent, leaf, layer)
+            continue
+        old = _submodule(model, name, name, where)
+        if not isinstance(old, nn.Linear):
+            raise UserError(f"{where}: {name} is a {type(old).__name__}, not a linear layer")
+        new = QuantLinear.empty(
+            old.out_features, old.in_features, layer, old.bias is not None, old.weight.dtype
+        )
+        setattr(parent, leaf, new)
+
+
+def _submodule(model: nn.Module, path: str, name: str, where: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise UserError(f"{where}: {name} is quantized, but the model has no such layer") from None
+
+
+def _load_native(source: Source, layers: Mapping[str, LayerPlan], dtype: torch.dtype) -> Any:
+    model = _skeleton(source, dtype)
+    install(model, layers, f"{source.path}/config.json")
+    _check_names(model, source)
+    for names in _units(model, source.tensor_names()):
+        tensors = source.read(names)
+        assign(model, "", {name: tensors.pop(name) for name in names if not _stored(model, name)})
+        for name, tensor in tensors.items():
+            _fill_buffer(model, name, tensor, source)
+    return _finished(model, source)
+
+
+def _check_names(model: nn.Module, source: Source) -> None:
+    known, stored = set(model.state_dict()), set(source.tensor_names())
+    unexpected = sorted(stored - known)
+    if unexpected:
+        raise UserError(f"{source.path}: the model has no place for {shorten(unexpected)}")
+
+
+def _stored(model: nn.Module, name: str) -> bool:
+    """Whether this tensor is part of a quantized weight, whose dtype must not change."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if isinstance(module, QuantLinear):
+        return leaf != "bias"
+    return leaf in module._buffers and any(
+        leaf.startswith(parameter) for parameter in experts.records(module)
+    )
+
+
+def _fill_buffer(model: nn.Module, name: str, tensor: Tensor, source: Source) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    expected = module._buffers[leaf]
+    assert expected is not None
+    if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+        raise UserError(
+            f"{source.path}: {name} is {list(tensor.shape)} of {tensor.dtype}; expected "
+            f"{list(expected.shape)} of {expected.dtype}"
+        )
+    module._buffers[leaf] = tensor
+
+
+# ------------------------------------------------------------------------------ compressed-tensors
+
+
+def _load_compressed(source: Source, reader: compressed_tensors.Reader, dtype: torch.dtype) -> Any:
+    model = _skeleton(source, dtype)
+    grouped = {
+        name: group
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (group := reader.group_of(name, module)) is not None
+    }
+    for names in _units(model, source.tensor_names()):
+        tensors = source.read(names)
+        for name in {key.rpartition(".")[0] for key in names} & grouped.keys():
+            own = {key: tensors.pop(key) for key in names if key.rpartition(".")[0] == name}
+            _replace(model, name, own, grouped[name], source, dtype)
+        assign(model, "", tensors)
+    return _finished(model, source)
+
+
+def _replace(
+    model: nn.Module,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    group: Any,
+    source: Source,
+    dtype: torch.dtype,
+) -> None:
+    parent, _, leaf = name.rpartition(".")
+    old: Any = model.get_submodule(name)
+    local = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items()}
+    where = f"{source.path}: {name}"
+    shape = (old.out_features, old.in_features)
+    q, layer = compressed_tensors.read_module(where, local, group, shape, dtype)
+    bias = local.pop("bias", None)
+    if (bias is None) != (old.bias is None) or local:
+        wrong = shorten([f"{name}.{key}" for key in local]) if local else f"{name}.bias"
+        raise UserError(f"{source.path}: tensors do not fit {name}: {wrong}")
+    setattr(model.get_submodule(parent), leaf, QuantLinear.from_qtensor(q, layer, bias, dtype))
+
+
+# ------------------------------------------------------------------------------ other tools
+
+
+def _load_foreign(source: Source, method: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """Hand a checkpoint of another tool to transformers."""
+    from transformers import AutoModelForCausalLM
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as known
+
+    if method not in known and f"{method}_4bit" not in known:
+        raise UserError(
+            f"{source.path}/config.json: unknown quant_method {method!r}"
+            + did_you_mean(method, known)
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.path, dtype=dtype, trust_remote_code=False
+        )
+    except (ImportError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{source.path}: transformers cannot load {method}: {reason}") from error
+    return model, {"format": method, "implementation": "transformers"}
+
+
+# ------------------------------------------------------------------------------ pieces
+
+
+def _units(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
+    """Tensor names cut into one list per decoder block and one per remaining module."""
+    blocks = tuple(f"{name}." for name, _ in decoder_blocks(model))
+    units: dict[str, list[str]] = {}
+    for name in names:
+        unit = next((prefix for prefix in blocks if name.startswith(prefix)), None)
+        units.setdefault(unit or name.rpartition(".")[0], []).append(name)
+    return list(units.values())
+
+
+def _dtype(dtype: str | torch.dtype, source: Source) -> torch.dtype:
+    if dtype == "auto":
+        found: torch.dtype = source.config.dtype
+        return found
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    name = dtype.removeprefix("torch.")
+    if name not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is not known{did_you_mean(name, ['auto', *DTYPES])}")
+    return DTYPES[name]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class NoTokenizer:
+    """Stands where a tokenizer would; using it raises the UserError that says why there is none."""
+
+    def __init__(self, error: UserError) -> None:
+        self.__dict__["error"] = error
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise self.__dict__["error"]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise self.__dict__["error"]
+
+    def __bool__(self) -> bool:
+        return False
+
+
+def _tokenizer(source: Source) -> Any:
+    try:
+        return source.tokenizer()
+    except UserError as error:
+        return NoTokenizer(error)
+
+
+# ------------------------------------------------------------------------------ size
+
+
+def model_size(model: nn.Module) -> dict[str, Any]:
+    """What a model takes when stored.
+
+    `parameters`: weights and biases, each counted once (ties once; scales are not parameters).
+    `bytes` = `bytes_total`: all that is stored; `bytes_quantized`: the part of it in quantized
+    layers; `bits_per_weight`: 8 * bytes / parameters. For a model from `load` the bytes are those
+    of its checkpoint, else those in memory.
+    """
+    info: Any = getattr(model, "posttrain", None)
+    keys = ("parameters", "bytes", "bytes_total", "bytes_quantized", "bits_per_weight")
+    if isinstance(info, Mapping):
+        return {key: info[key] for key in keys}
+    quantized = total = 0
+    for owned, is_quantized in _owned_bytes(model):
+        total += owned
+        quantized += owned if is_quantized else 0
+    return _size(total, quantized, count_parameters(model))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Weights and biases; a quantized weight counts its elements, tied parameters count once."""
+    seen = {id(p): p.numel() for p in model.parameters()}
+    packed = 0
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            packed += module.out_features * module.in_features
+        packed += sum(math.prod(record.shape) for record in experts.records(module).values())
+    return sum(seen.values()) + packed
+
+
+def _owned_bytes(model: nn.Module) -> Iterable[tuple[int, bool]]:
+    seen: set[int] = set()
+    for module in model.modules():
+        buffers = set(module._buffers) - module._non_persistent_buffers_set
+        own = [*module._parameters.values(), *(module._buffers[name] for name in buffers)]
+        quantized = isinstance(module, QuantLinear) or bool(experts.records(module))
+        for tensor in own:
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor.numel() * tensor.element_size(), quantized
+
+
+def stored_size(source: Source, model: nn.Module) -> dict[str, Any]:
+    """`model_size` from the bytes of a source's tensors."""
+    sizes = _stored_bytes(source)
+    marks = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, QuantLinear)
+    )
+    marks += tuple(
+        f"{name}.{parameter}_"
+        for name, module in model.named_modules()
+        for parameter in experts.records(module)
+    )
+    quantized = sum(size for name, size in sizes.items() if marks and name.startswith(marks))
+    parameters = count_parameters(model)
+    if source.quantization_config is not None and not marks:  # loaded by transformers
+        parameters = count_parameters(skeleton(source.config))
+    return _size(sum(sizes.values()), quantized, parameters)
+
+
+def _stored_bytes(source: Source) -> dict[str, int]:
+    """Bytes of every tensor on disk; a GGUF source decodes to float32, so its file is asked."""
+    if source.kind != "gguf":
+        return {name: source.nbytes(name) for name in source.tensor_names()}
+    from posttrain.models.gguf_file import read_gguf_header
+
+    return {name: t.nbytes for name, t in read_gguf_header(source.path).tensors.items()}
+
+
+def _size(total: int, quantized: int, parameters: int) -> dict[str, Any]:
+    return {
+        "parameters": parameters,
+        "bytes": total,
+        "bytes_total": total,
+        "bytes_quantized": quantized,
+        "bits_per_weight": 8 * total / parameters if parameters else 0.0,
+    }

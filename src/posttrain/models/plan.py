@@ -1,0 +1,203 @@
+"""What is quantized how: a Plan maps patterns of module names to number formats.
+
+A Plan is the only place where precision and exceptions live. Its dictionary form is what a user
+writes in a recipe:
+
+    layers:
+      - {match: "*", weight: "int6 | fp16/g64", input: "int8h | fp32/row"}
+      - {match: "*.down_proj", weight: "int8 | fp16/g64", input: "int8h | fp32/row"}
+    ignore: ["model.layers.0.*"]
+
+`match` and `ignore` are shell globs over full module names (`*` also crosses dots). The last rule
+that matches a layer wins; `ignore` beats every rule. A layer that nothing matches is an error, and
+so are layers that runtimes fuse (q/k/v, gate/up) but the Plan treats differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from posttrain.errors import UserError, did_you_mean
+from posttrain.models.walk import fusion_groups
+from posttrain.numbers import Spec, spec
+
+RULE_KEYS = ("match", "weight", "input")
+PLAN_KEYS = ("layers", "ignore")
+LISTED = 8  # names spelled out in an error before "and N more"
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer stores and computes with.
+
+    `weight`: how its weight is stored. `input`: how its input is quantized on the fly, or None for
+    inputs left alone. `branches`: additive side paths (see `linear.QuantLinear`).
+    """
+
+    weight: Spec | None
+    input: Spec | None = None
+    branches: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """All layers whose full name matches the glob `match` get these number formats."""
+
+    match: str
+    weight: Spec
+    input: Spec | None = None
+
+    @property
+    def layer(self) -> LayerPlan:
+        return LayerPlan(self.weight, self.input)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ordered rules and the list of layers left alone."""
+
+    rules: tuple[Rule, ...]
+    ignore: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Build from the dictionary form; UserError names the field that is wrong."""
+        _check_keys(data, PLAN_KEYS, "plan")
+        layers = data.get("layers")
+        if not isinstance(layers, Sequence) or isinstance(layers, str) or not layers:
+            raise UserError(
+                "plan: 'layers' must be a list of rules such as "
+                '{match: "*", weight: "int6 | fp16/g64"}; found ' + repr(layers)
+            )
+        rules = tuple(_rule(entry, f"plan: layers[{i}]") for i, entry in enumerate(layers))
+        return cls(rules, _globs(data.get("ignore") or (), "plan: ignore"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dictionary form: canonical spec texts, keys that are unset left out."""
+        layers = []
+        for rule in self.rules:
+            entry = {"match": rule.match, "weight": str(rule.weight)}
+            if rule.input is not None:
+                entry["input"] = str(rule.input)
+            layers.append(entry)
+        return {"layers": layers, "ignore": list(self.ignore)}
+
+    def resolve(self, names: Iterable[str]) -> dict[str, LayerPlan]:
+        """Decide every layer in `names`, in their order; ignored layers are absent.
+
+        `names` may be the mapping that `walk.quantizable` returns; then experts (3-D parameters)
+        are also checked: their inputs cannot be quantized.
+        Raises UserError for a layer that nothing matches and for fused layers that disagree.
+        """
+        listed = list(names)
+        found = {name: self._layer(name) for name in listed if not self.ignores(name)}
+        lost = [name for name, layer in found.items() if layer is None]
+        if lost:
+            raise UserError(
+                f"plan: no rule matches {shorten(lost)}; add a rule for them under 'layers' or "
+                "list them under 'ignore'"
+            )
+        layers = {name: layer for name, layer in found.items() if layer is not None}
+        _check_fused(listed, layers)
+        if isinstance(names, Mapping):
+            _check_experts(names, layers)
+        return layers
+
+    def ignores(self, name: str) -> bool:
+        """Whether `ignore` lists this layer."""
+        return any(fnmatchcase(name, glob) for glob in self.ignore)
+
+    def idle_patterns(self, names: Iterable[str]) -> list[str]:
+        """Patterns of rules and of `ignore` that match none of `names`: often a typing mistake."""
+        listed = list(names)
+        patterns = [rule.match for rule in self.rules] + list(self.ignore)
+        return [glob for glob in patterns if not any(fnmatchcase(n, glob) for n in listed)]
+
+    def _layer(self, name: str) -> LayerPlan | None:
+        matching = [rule for rule in self.rules if fnmatchcase(name, rule.match)]
+        return matching[-1].layer if matching else None
+
+
+def shorten(names: Sequence[str]) -> str:
+    """Names for an error message: the first few, and how many more there are."""
+    more = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _check_keys(data: object, known: tuple[str, ...], where: str) -> None:
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where}: expected keys {', '.join(known)}; found {data!r}")
+    for key in data:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}")
+
+
+def _rule(entry: object, where: str) -> Rule:
+    _check_keys(entry, RULE_KEYS, where)
+    assert isinstance(entry, Mapping)
+    match = entry.get("match")
+    if not isinstance(match, str) or not match:
+        raise UserError(f"{where}: 'match' must be a name pattern such as \"*\"; found {match!r}")
+    weight = _spec(entry.get("weight"), f"{where}.weight")
+    if weight is None:
+        raise UserError(
+            f"{where}: 'weight' is missing; to leave {match!r} unquantized list it under 'ignore'"
+        )
+    return Rule(match, weight, _spec(entry.get("input"), f"{where}.input"))
+
+
+def _spec(text: object, where: str) -> Spec | None:
+    if text is None or isinstance(text, Spec):
+        return text
+    if not isinstance(text, str):
+        raise UserError(
+            f'{where}: expected a number format such as "int6 | fp16/g64"; found {text!r}'
+        )
+    try:
+        return spec(text)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _globs(value: object, where: str) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise UserError(f"{where} must be a list of name patterns; found {value!r}")
+    for glob in value:
+        if not isinstance(glob, str) or not glob:
+            raise UserError(f"{where} must hold name patterns; found {glob!r}")
+    return tuple(value)
+
+
+def _check_fused(names: list[str], layers: Mapping[str, LayerPlan]) -> None:
+    for group in fusion_groups(names):
+        plans = [layers.get(name) for name in group]
+        if any(plan != plans[0] for plan in plans):
+            detail = ", ".join(
+                f"{name}: {_say(plan)}" for name, plan in zip(group, plans, strict=True)
+            )
+            raise UserError(
+                "plan: layers that runtimes fuse must be quantized alike, but the plan says "
+                f"{detail}; make one rule match all of them"
+            )
+
+
+def _say(plan: LayerPlan | None) -> str:
+    if plan is None:
+        return "ignored"
+    return str(plan.weight) + (f" with input {plan.input}" if plan.input is not None else "")
+
+
+def _check_experts(targets: Mapping[str, Any], layers: Mapping[str, LayerPlan]) -> None:
+    bad = [
+        name
+        for name, layer in layers.items()
+        if getattr(targets[name], "kind", "linear") == "experts" and layer.input is not None
+    ]
+    if bad:
+        raise UserError(
+            f"plan: {shorten(bad)} hold experts, whose inputs cannot be quantized; add a later "
+            f'rule without input for them, such as {{match: "{bad[0]}", weight: ...}}'
+        )
