@@ -35,7 +35,7 @@ def make(
     return {"out": str(out), "size": size}
 
 
-def measure(models: Sequence[str], *, text: str | None = None) -> dict[str, Any]:
+def measure(models: Sequence[Any], *, text: str | Path | Kind | None = None) -> dict[str, Any]:
     """A verb that only reads, like compare."""
     CALLS.append(("measure", {"models": models}))
     return {"models": list(models), "text": text}
@@ -260,6 +260,7 @@ WRONG = [
     ("stages:\n  - make: {model: m, flag: 1}\n", "flag must be true or false, found 1"),
     ("stages:\n  - make: {model: 3}\n", "model must be text, found 3"),
     ("stages:\n  - measure: {models: start}\n", "models must be a list, found 'start'"),
+    ("stages:\n  - measure: {models: [m], text: 3}\n", "text must be text, found 3"),
     ("stages:\n  - make: {model: m, overwrite: true}\n", "make has no option 'overwrite'"),
     ("stages:\n  - make: {model: m, resume: false}\n", "make has no option 'resume'"),
 ]

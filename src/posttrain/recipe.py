@@ -326,7 +326,9 @@ def _fits(value: Any, hint: Any) -> bool:
     """Whether a YAML value suits a type hint; hints this does not know suit everything."""
     if typing.get_origin(hint) is typing.Literal:
         return value in typing.get_args(hint)
-    return any(_is(value, kind) for kind in _kinds(hint))
+    kinds = _kinds(hint)
+    known = [kind for kind in kinds if kind in (*_WORDS, type(None))]
+    return Any in kinds or not known or any(_is(value, kind) for kind in known)
 
 
 def _kinds(hint: Any) -> list[Any]:
@@ -344,7 +346,7 @@ def _kinds(hint: Any) -> list[Any]:
 def _is(value: Any, kind: Any) -> bool:
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    return isinstance(value, kind) if kind in (*_WORDS, type(None)) else True
+    return isinstance(value, kind)
 
 
 _WORDS = {
@@ -360,8 +362,7 @@ _WORDS = {
 def _words(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(map(str, typing.get_args(hint)))
-    known = [_WORDS.get(kind, str(kind)) for kind in _kinds(hint) if kind is not type(None)]
-    return " or ".join(dict.fromkeys(known))
+    return " or ".join(dict.fromkeys(_WORDS[kind] for kind in _kinds(hint) if kind in _WORDS))
 
 
 # --- running -----------------------------------------------------------------------------------

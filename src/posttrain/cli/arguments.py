@@ -25,7 +25,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=28, width=96)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        shown = action.default not in (None, False, True, argparse.SUPPRESS)
+        hidden = action.default is None or isinstance(action.default, (bool, tuple))
+        shown = not hidden and action.default != argparse.SUPPRESS
         return f"{action.help} (default: {action.default})" if shown else action.help
 
 
@@ -135,11 +136,19 @@ def add_text_options(parser: Parser) -> None:
         "with more context (default: the window)",
     )
     group.add_argument(
+        "--chat", action="store_true", help="render JSONL messages with the chat template"
+    )
+    group.add_argument(
         "--max-tokens",
         metavar="N",
         type=count,
         help="stop after this many tokens of text (default: all of it)",
     )
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Names separated by commas."""
+    return tuple(word for word in map(str.strip, text.split(",")) if word)
 
 
 def add_progress_option(parser: Parser) -> None:

@@ -10,6 +10,7 @@ examples:
 """
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from posttrain.cli.arguments import (
@@ -20,6 +21,7 @@ from posttrain.cli.arguments import (
     count,
     one_of,
     options,
+    whole,
 )
 from posttrain.cli.output import bytes_text, number, table
 
@@ -53,14 +55,24 @@ def arguments(parser: Parser) -> None:
         action="store_false",
         help="no sample answers side by side in the report",
     )
-    add("--records", metavar="FILE", help="write one JSON line per model and window")
+    add(
+        "--records", metavar="FILE", help="write the loss of every token: .jsonl, .jsonl.gz or .npz"
+    )
+    add("--seed", metavar="N", type=whole, default=0, help="of the bootstrap")
     add_progress_option(parser)
 
 
 def call(args: argparse.Namespace) -> dict[str, Any]:
     import posttrain
 
-    return posttrain.compare(**options(args))
+    given = options(args)
+    out = given.pop("out")
+    result: dict[str, Any] = posttrain.compare(**given)
+    if out is not None:
+        from posttrain.report import render_report
+
+        result["report"] = str(render_report(result, Path(out)))
+    return result
 
 
 def show(result: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from posttrain.cli.arguments import (
     add_text_options,
     one_of,
     options,
+    words,
 )
 from posttrain.cli.output import bytes_text, facts, number
 
@@ -25,6 +26,13 @@ from posttrain.cli.output import bytes_text, facts, number
 def arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a directory, a hub id, a .gguf file, or demo")
+    add(
+        "--tasks",
+        metavar="NAMES",
+        type=words,
+        default=("perplexity",),
+        help="what to measure, separated by commas: perplexity (the default)",
+    )
     add_text_options(parser)
     add(
         "--dtype",
@@ -32,7 +40,9 @@ def arguments(parser: Parser) -> None:
         default="float32",
         help=f"computing precision: {', '.join(DTYPES)}",
     )
-    add("--records", metavar="FILE", help="write one JSON line per window: its tokens and loss")
+    add(
+        "--records", metavar="FILE", help="write the loss of every token: .jsonl, .jsonl.gz or .npz"
+    )
     add_progress_option(parser)
 
 

@@ -83,7 +83,7 @@ def show(result: dict[str, Any]) -> str:
     done, total = bytes_text(result["bytes_quantized"]), bytes_text(result["bytes_total"])
     lines = [
         ("bits per weight", f"{number(result['bits_per_weight'], 2)} over the whole model"),
-        ("quantized", f"{done} of {total} on disk"),
+        ("quantized", f"{done} of the {total} that the weights took before"),
         ("signal to noise", quality(result["layers"])),
         ("time", seconds_text(result["seconds"])),
         ("peak memory", f"{bytes_text(peak)} (predicted {bytes_text(predicted)})"),
