@@ -44,9 +44,13 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 24}),
     "qwen3-moe": ("qwen3_moe", EXPERTS | {"head_dim": 8}),
     "olmoe": ("olmoe", {"num_experts": 12, "num_experts_per_tok": 2}),
+    "llama4": (
+        "llama4_text",
+        {"num_local_experts": 4, "intermediate_size_mlp": 48, "head_dim": 8},
+    ),
     "gpt-oss": ("gpt_oss", {"num_local_experts": 4, "head_dim": 8, "sliding_window": 8}),
 }
-MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "gpt-oss")
+MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "llama4", "gpt-oss")
 
 
 def tiny_model(name: str, seed: int = 0) -> Any:

@@ -88,6 +88,11 @@ class Source:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def one_line(error: Exception) -> str:
+    """Another library's error as one line of text."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def copy_file(source: Path, out_dir: Path) -> None:
     """Copy one file's bytes, following links (a hub cache holds links)."""
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from posttrain.errors import UserError
-from posttrain.models.base import Entry, Source, copy_file
+from posttrain.models.base import Entry, Source, copy_file, one_line
 from posttrain.models.layout import module_entries
 from posttrain.models.shards import StoredTensor, read_header
 from posttrain.models.walk import skeleton
@@ -52,7 +52,7 @@ class DirectorySource(Source):
         try:
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:  # the tokenizer libraries raise bare Exception for bad files
-            raise UserError(f"{self.path}: cannot load its tokenizer: {error}") from error
+            raise UserError(f"{self.path}: cannot load its tokenizer: {one_line(error)}") from error
 
     def copy_side_files(self, out_dir: str | Path) -> None:
         for file in sorted(self.path.iterdir()):
@@ -93,7 +93,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{file}: not valid JSON: {error}") from error
+        raise UserError(f"{file}: not valid JSON: {one_line(error)}") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise UserError(f'{file}: no "model_type": this is not the config of a transformers model')
     return raw
@@ -117,7 +117,9 @@ def load_config(path: Path, raw: dict[str, Any]) -> Any:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # config classes validate with many exception types
-        raise UserError(f"{path}/config.json: transformers refuses it: {error}") from error
+        raise UserError(
+            f"{path}/config.json: transformers refuses it: {one_line(error)}"
+        ) from error
     check_causal(config, f"{path}/config.json")
     return config
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from posttrain.errors import UserError
-from posttrain.models.base import Entry, Source
+from posttrain.models.base import Entry, Source, one_line
 from posttrain.models.gguf_config import Architecture, architecture, gguf_config
 from posttrain.models.gguf_file import GgufHeader, GgufTensor, read_gguf_header
 from posttrain.models.layout import check_coverage, tensor_slots
@@ -66,7 +66,9 @@ class GgufSource(Source):
                 str(self.path.parent), gguf_file=self.path.name
             )
         except Exception as error:  # the tokenizer libraries raise bare Exception for bad files
-            raise UserError(f"{self.path}: cannot build its tokenizer: {error}") from error
+            raise UserError(
+                f"{self.path}: cannot build its tokenizer: {one_line(error)}"
+            ) from error
         tokenizer.name_or_path = self.name
         return tokenizer
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from posttrain.errors import UserError
+from posttrain.models.base import one_line
 from posttrain.models.gguf_file import GgufHeader
 from posttrain.models.shards import OpenFiles
 
@@ -122,7 +123,7 @@ def gguf_config(header: GgufHeader, file: Path) -> Any:
     try:
         return AutoConfig.for_model(row.model_type, dtype=torch.float32, **fields)
     except Exception as error:  # config classes validate with many exception types
-        raise UserError(f"{file}: its metadata makes no valid config: {error}") from error
+        raise UserError(f"{file}: its metadata makes no valid config: {one_line(error)}") from error
 
 
 def _fields(header: GgufHeader, file: Path, row: Architecture) -> dict[str, Any]:

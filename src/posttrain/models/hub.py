@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from posttrain.errors import UserError
+from posttrain.models.base import one_line
 
 # A repository name, with or without its owner; each part as the hub allows it.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
@@ -25,13 +26,14 @@ def fetch(repo: str, hint: str = "") -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=[*WANTED], ignore_patterns=[*UNWANTED]))
+        folder = Path(
+            snapshot_download(repo, allow_patterns=[*WANTED], ignore_patterns=[*UNWANTED])
+        )
     except GatedRepoError as error:
         raise UserError(
             f"{repo}: the hub gives this model only to those who accepted its terms: open "
@@ -47,6 +49,11 @@ def fetch(repo: str, hint: str = "") -> Path:
             f"{repo}: no such directory here, the model is not in the local hub cache, and the "
             f"hub cannot be reached{hint}; connect, or pass a local directory or .gguf file"
         ) from error
-    except (HFValidationError, OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{repo}: the hub did not deliver it: {first}{hint}") from error
+    except Exception as error:  # each network library underneath raises its own kind
+        raise UserError(f"{repo}: the hub did not deliver it: {one_line(error)}{hint}") from error
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{repo}: this hub repository has no config.json; if it holds GGUF files, download one "
+            "and pass its path"
+        )
+    return folder

@@ -30,8 +30,9 @@ def open_source(model: str | Path) -> Source:
     if path.is_file():
         return _open_file(path, text)
     if isinstance(model, str) and looks_like_hub_id(text):
-        return DirectorySource(fetch(text, _hint(path)), name=text, kind="hub")
-    raise UserError(f"{text}: no such file or directory{_hint(path)}")
+        return DirectorySource(fetch(text, _near(path)), name=text, kind="hub")
+    missing = "" if path.parent.is_dir() else f" ({path.parent} does not exist either)"
+    raise UserError(f"{text}: no such file or directory{missing or _near(path)}")
 
 
 def _open_file(path: Path, name: str) -> Source:
@@ -46,14 +47,13 @@ def _open_file(path: Path, name: str) -> Source:
     raise UserError(f"{path}: a file, but not a GGUF one; pass a .gguf file or a model directory")
 
 
-def _hint(path: Path) -> str:
+def _near(path: Path) -> str:
     """'; did you mean ...?' with the nearest neighbour of a path that does not exist, or ''."""
-    parent = path.parent
-    if not parent.is_dir():
-        return f" ({parent} does not exist either)" if parent != path else ""
-    names = [child.name for child in parent.iterdir()]
+    if not path.parent.is_dir():
+        return ""
+    names = [child.name for child in path.parent.iterdir()]
     near = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {parent / near[0]}?" if near else ""
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def require_unquantized(source: Source) -> None:

@@ -67,7 +67,7 @@ def skeleton(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
     except (ValueError, TypeError, ImportError, AttributeError, KeyError) as error:
         raise UserError(
             f"cannot build a {getattr(config, 'model_type', '?')!r} causal language model "
-            f"from its config: {error}"
+            f"from its config: {' '.join(str(error).split())}"
         ) from error
     _fill_computed_buffers(model)
     _keep_float32(model, dtype)
@@ -188,12 +188,23 @@ def _targets_of(full: str, module: nn.Module) -> dict[str, Target]:
         return {full: _linear_target(full, module)}
     if isinstance(module, _CONVOLUTIONS):
         return {}
-    transposed = bool(getattr(module, "is_transposed", False))
+    transposed = _is_transposed(module)
     return {
         f"{full}.{name}": _experts_target(full, name, module, transposed)
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3 and min(parameter.shape[1:]) > 1
     }
+
+
+def _is_transposed(module: Any) -> bool:
+    """Whether experts multiply from the right, [experts, in, out] (GPT-OSS, Llama 4)."""
+    if hasattr(module, "is_transposed"):
+        return bool(module.is_transposed)
+    hidden = getattr(module, "hidden_size", getattr(module, "hidden_dim", None))
+    up = getattr(module, "gate_up_proj", getattr(module, "up_proj", None))
+    if hidden is None or not isinstance(up, torch.Tensor) or up.dim() != 3:
+        return False
+    return up.shape[1] == hidden != up.shape[2]
 
 
 def _linear_target(full: str, module: nn.Module) -> Target:
