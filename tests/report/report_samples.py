@@ -15,7 +15,7 @@ KINDS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
-EDGES = [0, 1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 511]
+EDGES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 # name, bits per weight, delta-NLL, half width of its interval, KL, agreement, QSNR of the weights
 REFERENCE = ("demo", 32.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 SMALL = (
@@ -69,7 +69,7 @@ def comparison(
 ) -> dict[str, Any]:
     """The reference and `small` quantized models (or the `chosen` rows) with `blocks` blocks."""
     rng = random.Random(seed)
-    rows = [REFERENCE, *(chosen or SMALL[1:2] if small == 1 else SMALL[:small])]
+    rows = [REFERENCE, *(chosen or (SMALL[1:2] if small == 1 else SMALL[:small]))]
     models, pairs, positions = [], [], {}
     for name, bits, delta, half, kl, agreement, qsnr in rows:
         nll = 2.9127 + delta
@@ -89,7 +89,8 @@ def comparison(
         if bits < 32:
             model["layers"] = layers(blocks, qsnr, rng)
             model["block_sensitivity"] = [
-                {"block": b, "kl": kl / 9 * rng.lognormvariate(0, 0.6)} for b in range(blocks)
+                {"block": f"model.layers.{b}", "kl": kl / 9 * rng.lognormvariate(0, 0.6)}
+                for b in range(blocks)
             ]
             model["recipe"] = name.rsplit("demo-", 1)[-1]
             pairs.append(
@@ -146,8 +147,10 @@ def about() -> dict[str, Any]:
             "sha256": hashlib.sha256(b"text").hexdigest(),
         },
         "notes": [
-            "The weights of demo were stored in 4 bits with groups of 32 before: 4-bit "
-            "results on it flatter anything that lands on the same grid."
+            (
+                "The weights of demo were stored in 4 bits with groups of 32 before: 4-bit "
+                "results on it flatter anything that lands on the same grid."
+            )
         ],
         "command": "posttrain compare demo build/demo-w6a8 --text wiki.txt --window 512 "
         "--max-tokens 32768 --out report.html",
@@ -158,5 +161,80 @@ def about() -> dict[str, Any]:
             "torch": "2.13.0",
             "posttrain": "0.1.0",
         },
+        "mode": "lockstep",
+        "kl": {"kind": "full", "top_k": None},
+        "bootstrap": {
+            "method": "BCa over windows",
+            "confidence": 0.95,
+            "resamples": 10000,
+            "seed": 0,
+        },
         "created": "2026-03-02T10:11:12Z",
     }
+
+
+LONG_NAME = "/home/someone/with/a/long/path/" + "avery-very-long-model-name-" * 4 + "w6a8"
+UNICODE_NAME = "models/模型-日本語-مرحبا-👩‍👩‍👧"
+
+
+def renamed(value: Any, names: dict[str, str]) -> Any:
+    """`value` with models called by other names, wherever they are keys or values."""
+    if isinstance(value, dict):
+        return {names.get(key, key): renamed(part, names) for key, part in value.items()}
+    if isinstance(value, list):
+        return [renamed(part, names) for part in value]
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+def awkward() -> dict[str, Any]:
+    """80 blocks, names that are long, unicode or markup, long unbroken texts."""
+    names = dict(zip([row[0] for row in SMALL], [LONG_NAME, UNICODE_NAME, "<script>alert(1)</script>"],
+                     strict=False))  # fmt: skip
+    data = renamed(comparison(3, blocks=80), names)
+    texts = ["x" * 900, "y" * 300 + STORY * 12, "今日は天気がいい。" * 40, "مرحبا بالعالم " * 30]
+    listed = [model["model"] for model in data["models"]]
+    data["generations"] = [
+        {"prompt": "word " * 200, "outputs": dict(zip(listed, texts, strict=True))}
+    ]
+    data["command"] = "posttrain compare " + "a" * 500
+    return data
+
+
+def tiny() -> dict[str, Any]:
+    """One layer, one block, an interval that includes zero."""
+    data = comparison(blocks=1)
+    model = data["models"][1]
+    model["layers"], model["block_sensitivity"] = model["layers"][-1:], model["block_sensitivity"]
+    data["pairs"][0].update(ci_low=-0.002, ci_high=0.011)
+    return data
+
+
+def experts() -> dict[str, Any]:
+    """A mixture of experts, a quantized head, a single window of text, bins of equal width."""
+    data = comparison(blocks=6)
+    kinds = KINDS[:4] + tuple(f"mlp.experts.{i}.{kind}_proj" for i in range(8)
+                              for kind in ("gate", "up", "down"))  # fmt: skip
+    head = {"name": "lm_head", "weight": "int8 | fp16/row", "input": None, "qsnr": 45.1,
+            "bits_per_weight": 8.02}  # fmt: skip
+    data["models"][1]["layers"] = [*layers(6, 33.0, random.Random(3), kinds), head]
+    data["pairs"][0].update(ci_low=math.nan, ci_high=math.nan)
+    data["position_nll"]["edges"] = [42 * i for i in range(len(EDGES))]
+    return data
+
+
+def crowded() -> dict[str, Any]:
+    """Nine models of nearly the same size and loss."""
+    rows = [(f"build/demo-variant-{i}", 4.25 + 0.02 * i, 0.05 + 0.001 * (i % 3), 0.01, 0.05, 0.9, 20.0)
+            for i in range(9)]  # fmt: skip
+    return comparison(chosen=tuple(rows), blocks=4)
+
+
+CASES = {
+    "two": comparison,
+    "six": lambda: comparison(5),
+    "alone": lambda: comparison(0),
+    "awkward": awkward,
+    "tiny": tiny,
+    "experts": experts,
+    "crowded": crowded,
+}

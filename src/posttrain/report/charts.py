@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from posttrain.report import svg, words
 from posttrain.report.content import LayerMap, Model, Pair
@@ -106,41 +107,37 @@ def quality(spots: Sequence[Spot], width: float, y_title: str, signed: bool) -> 
 Box = tuple[float, float, float, float]  # x, y, width, height
 
 
-def _overlap(a: Box, b: Box) -> float:
-    return max(0.0, min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])) * max(
-        0.0, min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
-    )
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[0] + b[2] and b[0] < a[0] + a[2] and a[1] < b[1] + b[3] and b[1] < a[1] + a[3]
 
 
 def _spot_names(spots: Sequence[Spot], box: Frame) -> list[Markup]:
-    """Each name beside its dot, where it covers the least of what is already there."""
+    """Each name beside its dot, in the first place where it covers nothing; none where there is
+    no such place (the legend has all names)."""
+    room = box.x.start, box.y.end - 10, box.x.end + 10, box.y.start - 2
     taken: list[Box] = [(box.x(s.bits) - 8, box.y(s.y) - 8, 16, 16) for s in spots]
     taken += [(box.x(s.bits) - 2, box.y(s.high), 4, box.y(s.low) - box.y(s.high)) for s in spots]
     marks = []
     for spot in spots:
         name = svg.shorten(spot.model.short, 0.45 * box.width)
-        wide, x, y = svg.text_width(name), box.x(spot.bits), box.y(spot.y)
-        places = [
-            (x + dx * 11 - (wide if dx < 0 else wide / 2 if dx == 0 else 0), y + dy, wide, 16.0)
-            for dy in (-8, -26, 10, -44, 28, -62, 46)
-            for dx in (1, -1, 0)
-        ]
-        room = (
-            box.x.start,
-            box.y.end - 10,
-            box.x.end - box.x.start + 10,
-            box.y.start - box.y.end + 8,
-        )
-        best = min(
-            places,
-            key=lambda place: (
-                sum(_overlap(place, other) for other in taken)
-                + 10 * (place[2] * place[3] - _overlap(place, room))
-            ),
-        )
-        taken.append(best)
-        marks.append(svg.text(best[0], best[1] + 12, name, "label"))
+        for place in _places(box.x(spot.bits), box.y(spot.y), svg.text_width(name)):
+            inside = (
+                place[0] >= room[0]
+                and place[1] >= room[1]
+                and place[0] + place[2] <= room[2]
+                and place[1] + place[3] <= room[3]
+            )
+            if inside and not any(_overlap(place, other) for other in taken):
+                taken.append(place)
+                marks.append(svg.text(place[0], place[1] + 12, name, "label"))
+                break
     return marks
+
+
+def _places(x: float, y: float, wide: float) -> list[Box]:
+    """Where a name may stand beside a dot, best first: right, left, then above and below."""
+    starts = {1: x + 11, -1: x - 11 - wide, 0: x - wide / 2}
+    return [(starts[side], y + up, wide, 16.0) for up in (-8, -26, 10) for side in (1, -1, 0)]
 
 
 # Loss by position -------------------------------------------------------------------------
@@ -159,18 +156,19 @@ class Curve:
 
 @dataclass(frozen=True)
 class Bins:
-    """The bins of positions: their edges (one more than bins), drawn at their middles."""
+    """Bins of positions: bin i holds `edges[i]` to `edges[i + 1] - 1`, drawn at their middle."""
 
     edges: tuple[float, ...]
 
     @property
     def middles(self) -> list[float]:
-        return [(a + b) / 2 for a, b in zip(self.edges, self.edges[1:], strict=False)]
+        return [(a + b - 1) / 2 for a, b in pairwise(self.edges)]
 
     @property
     def uneven(self) -> bool:
         """Whether the bins widen so much that a logarithmic axis shows them better."""
-        return self.edges[-1] - self.edges[-2] > 4 * (self.edges[1] - self.edges[0])
+        widest, first = self.edges[-1] - self.edges[-2], self.edges[1] - self.edges[0]
+        return self.edges[0] >= 1 and widest > 4 * first
 
     def label(self, i: int) -> str:
         first, last = self.edges[i], self.edges[i + 1] - 1

@@ -7,7 +7,7 @@ absent or None, and then the part of the page that would show it is absent too.
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from posttrain.errors import UserError
 
 LONGEST_NAME = 36  # characters, on the page
 MODEL_NUMBERS = ("nll", "perplexity", "tokens")
+ZERO_WIDTH_JOINER = "\u200d"
 _LAYER = re.compile(r"(?P<stack>.*?)\.(?P<block>\d+)\.(?P<kind>.+)")
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=^)\d+(?=\.)")
 
@@ -38,9 +39,9 @@ class Model:
     values: Mapping[str, Any]
 
     def get(self, key: str) -> float | None:
-        """The number under `key`, or None where it was not measured."""
+        """The number under `key` (perhaps infinite), or None where it was not measured."""
         value = self.values.get(key)
-        return value if real(value) else None
+        return value if real(value) and not math.isnan(value) else None
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def layer_map(layers: object) -> LayerMap | None:
     """
     found = [
         (str(layer.get("name")), float(layer["qsnr"]))
-        for layer in _mappings(layers)
+        for layer in mappings(layers)
         if finite(layer.get("qsnr"))
     ]
     if not found:
@@ -202,15 +203,19 @@ def sensitivity(entries: object) -> list[tuple[str, float]]:
     """(block, KL in nats) in block order, from `[{"block": 3 or "model.layers.3", "kl": ...}]`."""
     return [
         (re.sub(r"^.*\.(?=\d+$)", "", str(entry.get("block"))), float(entry["kl"]))
-        for entry in _mappings(entries)
+        for entry in mappings(entries)
         if finite(entry.get("kl"))
     ]
 
 
-def _mappings(entries: object) -> Iterable[Mapping[str, Any]]:
-    if not isinstance(entries, (list, tuple)):
-        return []
-    return (entry for entry in entries if isinstance(entry, Mapping))
+def items(value: object) -> list[Any]:
+    """What an optional list holds; nothing where there is none."""
+    return list(value) if isinstance(value, (list, tuple)) else []
+
+
+def mappings(value: object) -> list[Mapping[str, Any]]:
+    """The objects that an optional list holds."""
+    return [entry for entry in items(value) if isinstance(entry, Mapping)]
 
 
 def divergence(reference: str, other: str) -> int:
@@ -235,10 +240,13 @@ def divergence(reference: str, other: str) -> int:
 
 def _inside_word(text: str, at: int) -> bool:
     """Whether cutting before text[at] would cut a word or one visible character in two."""
-    return 0 < at < len(text) and _joins(text[at - 1]) and _joins(text[at])
+    if not 0 < at < len(text):
+        return False
+    before, after = text[at - 1], text[at]
+    if before == ZERO_WIDTH_JOINER or unicodedata.category(after) in ("Mn", "Me", "Cf", "Sk"):
+        return True
+    return _in_word(before) and _in_word(after)
 
 
-def _joins(char: str) -> bool:
-    # Letters, numbers, combining marks; joiners and skin tones inside an emoji.
-    kind = unicodedata.category(char)
-    return kind[0] in "LNM" or kind in ("Cf", "Sk") or char in "'\u2019"
+def _in_word(char: str) -> bool:
+    return unicodedata.category(char)[0] in "LNM" or char in "'\u2019"

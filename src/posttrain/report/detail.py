@@ -69,7 +69,7 @@ def _sensitivity(moved: list[tuple[str, float]], found: LayerMap | None) -> Mark
 
 def _layer_table(model: Model) -> Markup:
     rows = []
-    for layer in model.values["layers"]:
+    for layer in content.mappings(model.values["layers"]):
         qsnr, at = (
             layer.get(key) if content.real(layer.get(key)) else None
             for key in ("qsnr", "bits_per_weight")
@@ -105,10 +105,8 @@ def generations(report: Report) -> Child:
     """The same prompts to every model, marked from the first word that differs."""
     samples = [
         sample
-        for sample in report.data.get("generations") or ()
-        if isinstance(sample, Mapping)
-        and isinstance(sample.get("outputs"), Mapping)
-        and sample["outputs"]
+        for sample in content.mappings(report.data.get("generations"))
+        if isinstance(sample.get("outputs"), Mapping) and sample["outputs"]
     ]
     if not samples:
         return None

@@ -27,7 +27,7 @@ def method(report: Report) -> Markup:
     return section(
         "method",
         "How this was measured",
-        facts([*_text_facts(report)]),
+        facts(_text_facts(report) + _pair_facts(report)),
         _measured(report),
         tag("h3", "Terms"),
         facts(list(TERMS.items())),
@@ -46,6 +46,20 @@ def _text_facts(report: Report) -> list[tuple[str, Child]]:
     ]
 
 
+def _pair_facts(report: Report) -> list[tuple[str, Child]]:
+    """How intervals and KL were computed, where the comparison says so."""
+    kl, bootstrap = report.data.get("kl"), report.data.get("bootstrap")
+    found: list[tuple[str, Child]] = []
+    if isinstance(bootstrap, Mapping):
+        drawn = [f"{name} {value}" for name, value in bootstrap.items() if name != "method"]
+        found.append(("Intervals", ", ".join([str(bootstrap.get("method")), *drawn])))
+    if isinstance(kl, Mapping):
+        top = f"over the {kl.get('top_k')} likeliest tokens of the reference and one bucket for "
+        full = kl.get("kind") == "full"
+        found.append(("KL", "over the whole vocabulary" if full else f"{top}the rest"))
+    return found
+
+
 def _count(value: float) -> str:
     return words.number(value, 0)
 
@@ -58,6 +72,7 @@ MEASURED: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("tokens scored", "tokens", _count),
     ("time", "seconds", words.seconds),
     ("tokens per second", "tokens_per_second", _count),
+    ("linears run by", "implementation", str),
     ("recipe", "recipe", str),
 )
 

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.report import charts, words
+from posttrain.report import charts, content, words
 from posttrain.report.content import Model, Pair
 from posttrain.report.html import Child, Markup, tag
 
-WIDE, NARROW = 880, 340  # px; the style sheet shows one of the two drawings of each chart
+WIDE, NARROW = 880, 300  # px; the style sheet shows one of the two drawings of each chart
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,6 @@ def facts(facts: Sequence[tuple[str, Child]]) -> Markup:
 
 def notes(report: Report) -> list[Markup]:
     """What the reader must know to read the numbers right, from the comparison itself."""
-    said = report.data.get("notes") or ()
-    said = [said] if isinstance(said, str) else said
-    return [tag("p", note, class_="note") for note in said if note]
+    said = report.data.get("notes")
+    listed = [said] if isinstance(said, str) else content.items(said)
+    return [tag("p", note, class_="note") for note in listed if note]

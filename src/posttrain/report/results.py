@@ -182,7 +182,11 @@ def quality(report: Report) -> Child:
     return section(
         "quality",
         "Bits against quality",
-        figure(caption, lambda width: charts.quality(spots, width, unit, signed=paired)),
+        figure(
+            caption,
+            lambda width: charts.quality(spots, width, unit, signed=paired),
+            legend(report, [spot.model for spot in spots]) if len(spots) > 6 else None,
+        ),
     )
 
 
@@ -253,8 +257,8 @@ def _curves(
     found: Mapping[str, Any],
 ) -> tuple[charts.Bins | None, dict[int, charts.Curve]]:
     """The bins, and a curve for each model that has as many values as there are bins."""
-    edges = [float(edge) for edge in found.get("edges") or () if content.finite(edge)]
-    if len(edges) < 2:
+    edges = [float(edge) for edge in content.items(found.get("edges")) if content.finite(edge)]
+    if len(edges) < 2 or edges != sorted(set(edges)) or edges[0] < 0:
         return None, {}
     curves = {}
     for model in report.models:

@@ -119,6 +119,7 @@ svg .cell{font-size:11px}
 .stroke{stroke:var(--c);stroke-width:2;fill:none;stroke-linejoin:round;stroke-linecap:round}
 .dashed.stroke{stroke-dasharray:6 4}
 .fill{fill:var(--c)}.ring{stroke:var(--card);stroke-width:2}
+.dashed.ring{fill:var(--card);stroke:var(--c);stroke-width:2.5}
 .band{fill:var(--c);opacity:.16}.faint{opacity:.4}
 .hit{fill:transparent}.hit:hover{fill:var(--ink);fill-opacity:.06}
 .bar:hover,rect.heat:hover{stroke:var(--ink);stroke-width:1.5}
@@ -171,9 +172,9 @@ padding:12px 14px;margin:12px 0}
 #tip{position:fixed;pointer-events:none;background:var(--ink);color:var(--card);font-size:.82rem;
 line-height:1.4;padding:5px 9px;border-radius:6px;white-space:pre-line;max-width:300px;z-index:2;
 overflow-wrap:anywhere}
-@media (max-width:719px){
+@media (max-width:859px){
 main{padding:24px 14px 40px}section{padding:18px 16px}.scroll{margin:12px -16px 0;padding:0 16px}
-.wide{display:none}.narrow{display:block}.narrow svg{width:100%;max-width:460px;margin:0 auto}
+.wide{display:none}.narrow{display:block}.narrow svg{width:100%;max-width:420px;margin:0 auto}
 .tiles{grid-template-columns:1fr 1fr;gap:8px}.tiles div{padding:12px 14px}
 .tiles .big{font-size:1.4rem}
 dl.facts{grid-template-columns:1fr;gap:0}dl.facts dd{margin-bottom:10px}

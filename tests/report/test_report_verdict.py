@@ -1,0 +1,81 @@
+"""The verdict in words agrees with the numbers."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from report_samples import SMALL, comparison
+
+from posttrain.report import content, verdict
+
+
+def read(data):
+    models = content.read_models(data)
+    return models, content.read_pairs(data, models)
+
+
+def pair_with(delta, low, high, **others):
+    data = comparison()
+    data["pairs"][0].update(delta_nll=delta, ci_low=low, ci_high=high)
+    data["models"][1].update(others)
+    return read(data)[1][0]
+
+
+@given(st.floats(-2, 2), st.floats(1e-6, 1), st.floats(1e-6, 1))
+def test_words_follow_the_interval(delta, below, above):
+    pair = pair_with(delta, delta - below, delta + above)
+    said = verdict.effect(pair)
+    assert ("includes zero" in said) == (pair.low <= 0 <= pair.high)
+    assert said.startswith("costs +") == (pair.low > 0)
+    assert said.startswith("scores better") == (pair.high < 0)
+    assert ("excludes zero" in verdict.meaning(pair)) == (not pair.includes_zero)
+
+
+def test_one_pair_as_a_sentence():
+    models, pairs = read(comparison())
+    assert verdict.headline(models, pairs) == (
+        "demo-w6a8 needs 6.27 bits per weight instead of 32 and costs +0.0043 nats per token "
+        "(95% CI +0.0024 to +0.0062)."
+    )
+    assert "rises by 0.43%" in verdict.meaning(pairs[0])
+
+
+def test_no_interval_makes_no_claim_about_significance():
+    pair = pair_with(0.01, None, None)
+    assert "too little text for an interval" in verdict.sentence(pair)
+    assert "zero" not in verdict.sentence(pair) + verdict.meaning(pair)
+
+
+def test_a_loss_that_is_not_a_number_is_no_comparison():
+    pair = pair_with(math.nan, math.nan, math.nan)
+    assert "could not be compared" in verdict.sentence(pair)
+    assert verdict.headline(*read(comparison(3)))
+
+
+def test_many_pairs_name_the_closest_and_the_smallest():
+    models, pairs = read(comparison(5))
+    assert verdict.headline(models, pairs) == (
+        "5 models against demo: demo-w8a8 loses least, demo-mxfp4 is smallest."
+    )
+    models, pairs = read(comparison(chosen=(SMALL[3], SMALL[4])))
+    assert verdict.headline(models, pairs) == (
+        "2 models against demo: demo-nvfp4 loses least, demo-mxfp4 is smallest."
+    )
+    better = ("x", 4.0, 0.001, *SMALL[3][3:])
+    models, pairs = read(comparison(chosen=(SMALL[3], better)))
+    assert verdict.headline(models, pairs) == (
+        "2 models against demo: x is the smallest and loses least."
+    )
+
+
+@pytest.mark.parametrize("bits", [None, math.nan])
+def test_unknown_bits_are_left_out(bits):
+    said = verdict.sentence(pair_with(0.1, 0.05, 0.15, bits_per_weight=bits))
+    assert said == "demo-w6a8 costs +0.100 nats per token (95% CI +0.050 to +0.150)."
+
+
+def test_a_single_model_has_its_perplexity_as_verdict():
+    assert verdict.headline(*read(comparison(0))) == (
+        "demo has perplexity 18.41 at 32 bits per weight."
+    )
