@@ -14,7 +14,7 @@ from torch import Tensor
 
 from posttrain.numbers.grids import Grid
 from posttrain.numbers.partition import Shape2d, blocked, unblocked
-from posttrain.numbers.scales import Scales, _nonzero, fit_scales
+from posttrain.numbers.scales import Scales, fit_scales, nonzero, row_scale
 from posttrain.numbers.spec import Spec
 
 
@@ -47,8 +47,10 @@ class QTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values the codes stand for, computed in float32, then cast to `dtype`."""
         matrix = self.spec.matrix(self.shape)
-        values = self.spec.grid.decode(self.codes).reshape(matrix)
-        values = _rescale_(values, self.scales, matrix).reshape(self.shape)
+        scale, block = _scale_blocks(self.scales, matrix, self.codes.device)
+        values = blocked(self.spec.grid.decode(self.codes).reshape(matrix), block)
+        values = _rescaled_(values, scale, self.scales.zero_point)
+        values = unblocked(values, matrix).reshape(self.shape)
         if self.offset is not None:
             values += self.offset
         return values.to(dtype)
@@ -70,10 +72,9 @@ def quantize(
     """
     spec = Spec.parse(spec)
     scales = fit_scales(x, spec, clip_ratio) if scales is None else scales
-    y, matrix = _normalized(x, scales)
-    snapped = spec.grid.snap_(y, rounding or spec.rounding, generator)
-    codes = unblocked(spec.grid.codes(snapped), matrix).reshape(x.shape)
-    return QTensor(codes, scales, spec)
+    y, _, matrix = _normalized(x, scales)
+    codes = spec.grid.encode_(y, rounding or spec.rounding, generator)
+    return QTensor(unblocked(codes, matrix).reshape(x.shape), scales, spec)
 
 
 def fake_quantize(
@@ -87,10 +88,13 @@ def fake_quantize(
 ) -> Tensor:
     """`quantize(...).dequantize(x.dtype)`, bitwise, without forming the codes."""
     spec = Spec.parse(spec)
+    rounding = rounding or spec.rounding
+    if scales is None and rounding == "rne" and clip_ratio == 1.0 and _is_per_token_int(spec):
+        return _fake_per_token(x, spec)
     scales = fit_scales(x, spec, clip_ratio) if scales is None else scales
-    y, matrix = _normalized(x, scales)
-    y = spec.grid.snap_(y, rounding or spec.rounding, generator)
-    return unblocked(_rescale_blocks_(y, scales, matrix), matrix).reshape(x.shape).to(x.dtype)
+    y, scale, matrix = _normalized(x, scales)
+    y = _rescaled_(spec.grid.snap_(y, rounding, generator), scale, scales.zero_point)
+    return unblocked(y, matrix).reshape(x.shape).to(x.dtype)
 
 
 def encode_scaled(
@@ -102,7 +106,7 @@ def encode_scaled(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Codes of `x` under scales (and zero points) that broadcast against it: a solver's step."""
-    y = x.to(torch.float32) / _nonzero(scale)
+    y = x.to(torch.float32) / nonzero(scale)
     if zero_point is not None:
         y = y + zero_point
     return grid.encode(y, rounding, generator)
@@ -118,32 +122,64 @@ def decode_scaled(
     return values * scale
 
 
-def _normalized(x: Tensor, scales: Scales) -> tuple[Tensor, Shape2d]:
-    """A fresh x / scale (+ zero point) in blocks [R/r, r, K/c, c], and the matrix shape [R, K]."""
+def _normalized(x: Tensor, scales: Scales) -> tuple[Tensor, Tensor, Shape2d]:
+    """A fresh x / scale (+ zero point) in blocks, the scale blocks, and the matrix shape [R, K]."""
     matrix = scales.spec.matrix(x.shape)
     scale, block = _scale_blocks(scales, matrix, x.device)
-    y = blocked(x.detach().to(torch.float32).reshape(matrix), block) / _nonzero(scale)
+    y = blocked(x.detach().to(torch.float32).reshape(matrix), block) / nonzero(scale)
     if scales.zero_point is not None:
-        y += _as_blocks(scales.zero_point)
-    return y, matrix
+        y += _as_blocks(scales.zero_point.to(torch.float32))
+    return y, scale, matrix
 
 
-def _rescale_(values: Tensor, scales: Scales, matrix: Shape2d) -> Tensor:
-    """Multiply grid values [R, K] by their scales, in place where the blocks allow."""
-    _, block = scales.combined(matrix)
-    return unblocked(_rescale_blocks_(blocked(values, block), scales, matrix), matrix)
-
-
-def _rescale_blocks_(y: Tensor, scales: Scales, matrix: Shape2d) -> Tensor:
-    if scales.zero_point is not None:
-        y -= _as_blocks(scales.zero_point)
-    return y.mul_(_scale_blocks(scales, matrix, y.device)[0])
+def _rescaled_(y: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """(y - zero point) * scale, in place, on blocks [R/r, r, K/c, c]."""
+    if zero_point is not None:
+        y -= _as_blocks(zero_point.to(torch.float32))
+    return y.mul_(scale)
 
 
 def _scale_blocks(scales: Scales, matrix: Shape2d, device: torch.device) -> tuple[Tensor, Shape2d]:
     product, block = scales.combined(matrix)
-    return product.to(device)[:, None, :, None], block
+    return _as_blocks(product.to(device)), block
 
 
-def _as_blocks(zero_point: Tensor) -> Tensor:
-    return zero_point.to(torch.float32)[:, None, :, None]
+def _as_blocks(per_block: Tensor) -> Tensor:
+    return per_block[:, None, :, None]
+
+
+# ------------------------------------------------- the quick path of activation quantization
+
+# Rows are handled in pieces of about this many elements, which stay in a core's cache.
+_PIECE = 1 << 18
+
+
+def _is_per_token_int(spec: Spec) -> bool:
+    """Whether `spec` is symmetric integers under one float32 scale per row: "int8h | fp32/row"."""
+    if spec.grid.kind != "int" or spec.grid.zero_point or len(spec.factors) != 1:
+        return False
+    factor = spec.factors[0]
+    plain = factor.nested is None and factor.power == 1.0
+    return plain and factor.grid_name == "fp32" and str(factor.partition) == "row"
+
+
+def _fake_per_token(x: Tensor, spec: Spec) -> Tensor:
+    """`fake_quantize` under dynamic per-row scales: the forward pass of every W?A8 layer."""
+    rows, width = spec.matrix(x.shape)
+    if x.numel() == 0:
+        return x.clone()
+    flat = x.detach().to(torch.float32).reshape(rows, width)
+    step = max(1, _PIECE // width)
+    if rows <= step:
+        out = _fake_rows(flat, spec)
+    else:
+        out = torch.empty_like(flat)
+        for start in range(0, rows, step):
+            out[start : start + step] = _fake_rows(flat[start : start + step], spec)
+    return out.reshape(x.shape).to(x.dtype)
+
+
+def _fake_rows(x: Tensor, spec: Spec) -> Tensor:
+    absmax = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
+    scale = row_scale(absmax, spec)
+    return spec.grid.snap_(x / scale).mul_(scale)

@@ -215,7 +215,7 @@ class _Fit:
                 f"spec '{self.spec}': a zero point needs every factor constant on the blocks of "
                 "the first"
             )
-        zero = -(self.low.clamp(max=0.0) * self.clip_ratio) / _nonzero(product)
+        zero = -(self.low.clamp(max=0.0) * self.clip_ratio) / nonzero(product)
         return self.spec.grid.encode(zero)
 
 
@@ -255,9 +255,15 @@ def _divide(x: Tensor, divisor: float) -> Tensor:
     return x if divisor == 1.0 else x / x.new_full((), divisor)
 
 
-def _nonzero(scale: Tensor) -> Tensor:
+def nonzero(scale: Tensor) -> Tensor:
     """Scales for dividing by: infinity for zero, so that the quotient is zero and not NaN."""
     return torch.where(scale == 0, math.inf, scale)
+
+
+def row_scale(absmax: Tensor, spec: Spec) -> Tensor:
+    """The float32 scale of blocks with this absmax: what `fit_scales` stores for one fp32 factor."""
+    ideal = _divide(absmax.clamp(max=_LARGEST), spec.grid.top)
+    return torch.where(absmax == 0, 1.0, ideal.clamp_(min=spec.factors[0].grid.smallest))
 
 
 def _store(

@@ -299,7 +299,8 @@ class _Parser:
     def whole(self) -> Spec:
         if not self.text.strip():
             raise UserError("empty spec; write one such as 'int6 | fp16/g64' or a preset: w6g64")
-        spec = self.spec(with_presets=len(self.tokens) == 2 or "-" in self.text)
+        self.refuse_unknown_name()
+        spec = self.spec()
         if self.token.text in ("|", "+"):
             self.fail(
                 self.token,
@@ -309,11 +310,15 @@ class _Parser:
             self.fail(self.token, f"unexpected '{self.token.text}'")
         return spec
 
-    def spec(self, with_presets: bool = False) -> Spec:
+    def refuse_unknown_name(self) -> None:
+        """Fail on a text that is one word and no format: it was meant as a preset."""
+        word = self.text.strip()
+        if re.fullmatch(r"[\w.-]+", word) and _ALIASES.get(word, word) not in GRIDS:
+            names = [*PRESETS, *GRIDS]
+            self.fail(_Token(word, self.token.start), f"unknown format or preset '{word}'", names)
+
+    def spec(self) -> Spec:
         start = self.token
-        if with_presets and start.text not in GRIDS and _ALIASES.get(start.text) not in GRIDS:
-            whole = _Token(self.text.strip(), start.start)
-            self.fail(whole, f"unknown format or preset '{whole.text}'", [*PRESETS, *GRIDS])
         grid = self.name("number format", list(GRIDS))
         rounding = self.name("rounding", list(ROUNDINGS)) if self.take("@") else "rne"
         factors: list[Factor] = []
