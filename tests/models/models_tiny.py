@@ -53,11 +53,11 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
 MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "llama4", "gpt-oss")
 
 
-def tiny_model(name: str, seed: int = 0) -> Any:
-    """A model of TINY with every parameter random (norms and biases too), in its config's dtype."""
+def tiny_model(name: str, seed: int = 0, dtype: torch.dtype | None = None) -> Any:
+    """A model of TINY, every parameter random (norms and biases too), in its config's dtype."""
     model_type, fields = TINY[name]
     config = AutoConfig.for_model(model_type, **(SIZES | fields))
-    model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -130,8 +130,10 @@ def test_skeleton_buffers_are_real_and_equal_to_the_constructors():
 
 def test_skeleton_honours_dtype():
     config = tiny_model("llama").config
+    before = config.to_dict()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert {p.dtype for p in skeleton(config, dtype).parameters()} == {dtype}
+    assert config.to_dict() == before
 
 
 # ---------------------------------------------------------------------------------- fusion groups

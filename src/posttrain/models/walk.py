@@ -6,6 +6,7 @@ one element of the decoder's layer list; a *target* is a weight that quantizatio
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,8 @@ def skeleton(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
 
     Non-persistent buffers (rotary frequencies, causal masks), which no checkpoint stores, are real
     and on the CPU. Parameters carry the dtype that loading will give them: `dtype`, or config.dtype,
-    or float32, except those the architecture keeps in float32.
+    or float32, except those the architecture keeps in float32. To compute in another dtype than the
+    config's, say so here: some buffers (Gemma's embedding scale) are rounded to it.
     """
     from transformers import AutoModelForCausalLM
 
@@ -63,7 +65,7 @@ def skeleton(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     try:
         with torch.device("meta"):
-            model: nn.Module = build(config, dtype=dtype)
+            model: nn.Module = build(deepcopy(config), dtype=dtype)
     except (ValueError, TypeError, ImportError, AttributeError, KeyError) as error:
         raise UserError(
             f"cannot build a {getattr(config, 'model_type', '?')!r} causal language model "
@@ -204,7 +206,7 @@ def _is_transposed(module: Any) -> bool:
     up = getattr(module, "gate_up_proj", getattr(module, "up_proj", None))
     if hidden is None or not isinstance(up, torch.Tensor) or up.dim() != 3:
         return False
-    return up.shape[1] == hidden != up.shape[2]
+    return bool(up.shape[1] == hidden != up.shape[2])
 
 
 def _linear_target(full: str, module: nn.Module) -> Target:
