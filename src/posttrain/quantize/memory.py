@@ -1,5 +1,7 @@
 """How much memory a run will take, and how much it took."""
 
+import ctypes
+import os
 import threading
 from dataclasses import dataclass
 from types import TracebackType
@@ -9,26 +11,36 @@ import psutil
 GIB = 1 << 30
 
 
-class PeakMemory:
-    """Samples this process's resident memory in the background.
+def trim() -> None:
+    """Give freed memory back to the system where the C library (glibc) would keep it.
 
-    `baseline` is the resident size at the start, `peak` the largest seen, both in bytes.
+    Blocks come and go by the dozen; without this the holes they leave add up.
     """
+    release = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if release is not None:
+        release(0)
+
+
+class PeakMemory:
+    """Samples this process's resident memory in the background; `peak` is the largest seen."""
 
     def __init__(self, interval: float = 0.005) -> None:
         self._process = psutil.Process()
         self._stop = threading.Event()
         self._interval = interval
-        self.baseline = self.peak = self._process.memory_info().rss
+        self.peak = self.now()
+
+    def now(self) -> int:
+        """Resident bytes at this moment."""
+        return int(self._process.memory_info().rss)
 
     def _sample(self) -> None:
         while not self._stop.wait(self._interval):
-            self.peak = max(self.peak, self._process.memory_info().rss)
+            self.peak = max(self.peak, self.now())
 
-    def __enter__(self) -> "PeakMemory":
+    def __enter__(self) -> None:
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
-        return self
 
     def __exit__(
         self,
@@ -38,7 +50,7 @@ class PeakMemory:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        self.peak = max(self.peak, self._process.memory_info().rss)
+        self.peak = max(self.peak, self.now())
 
 
 @dataclass(frozen=True)

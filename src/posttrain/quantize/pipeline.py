@@ -11,15 +11,12 @@ Peak memory is one block, its statistics and a bounded activation cache. A kille
 where it stopped and ends with the same bytes.
 """
 
-import hashlib
-import json
 import math
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,31 +25,21 @@ from torch import nn
 from tqdm import tqdm
 
 from posttrain import __version__
-from posttrain.data.text import load_text, token_windows
-from posttrain.errors import UserError
-from posttrain.models.checkpoint import CheckpointWriter
+from posttrain.models.checkpoint import write_json
 from posttrain.models.linear import QuantLinear
 from posttrain.models.plan import LayerPlan
 from posttrain.models.shards import read_header
-from posttrain.models.source import Source, open_source, require_unquantized
-from posttrain.models.walk import Target, assign, quantizable
-from posttrain.numbers import QTensor, fake_quantize, qsnr
+from posttrain.models.walk import Target, assign, fusion_groups
+from posttrain.numbers import QTensor, fake_quantize, fit_scales, qsnr
 from posttrain.quantize.activations import ActivationStore
 from posttrain.quantize.calibration import InputMoments, MomentCollector
-from posttrain.quantize.memory import GIB, Demand, PeakMemory
-from posttrain.quantize.progress import (
-    MEASURED,
-    Progress,
-    finished_result,
-    open_progress,
-    write_json,
-)
-from posttrain.quantize.recipe import Calibration, QuantRecipe, load_recipe
-from posttrain.quantize.solvers import RTN, Log
-from posttrain.quantize.stream import COMPUTE_DTYPE, BlockStream
+from posttrain.quantize.job import Job, demand, prepare, say
+from posttrain.quantize.memory import GIB, PeakMemory, trim
+from posttrain.quantize.progress import MEASURED, Progress, finished_result, open_progress
+from posttrain.quantize.recipe import load_recipe
+from posttrain.quantize.solvers import RTN, Log, Problem
+from posttrain.quantize.stream import COMPUTE_DTYPE
 
-BATCH_TOKENS = 4096  # per forward of a block: enough to keep two cores busy
-TIED_WITH_EMBEDDING = ("lm_head",)  # named by every recipe, absent where the head is tied
 SNAPSHOT_SECONDS = 30.0  # between snapshots of in-memory block inputs
 
 
@@ -99,20 +86,23 @@ def quantize(
     settings = load_recipe(recipe).override(
         solver, text=calibration, samples=samples, window=window, chat=chat
     )
-    with PeakMemory() as memory:
-        job = _prepare(str(model), settings, Path(out), seed, memory_budget)
+    memory = PeakMemory()
+    with memory:
+        job = prepare(str(model), settings, Path(out), seed, memory_budget)
         result = None if overwrite else finished_result(job.out, job.fingerprint)
         if result is not None:
-            _say(f"{job.out} already holds this result")
+            say(f"{job.out} already holds this result")
             return {"out": str(job.out), **result}
-        job.predicted_peak = memory.baseline + _demand(job).peak
-        _say(f"predicted peak memory {job.predicted_peak / GIB:.2f} GiB")
+        trim()
+        # From here on: libraries are imported and headers read, no weight is loaded yet.
+        job.predicted_peak = memory.now() + demand(job).peak
+        say(f"predicted peak memory {job.predicted_peak / GIB:.2f} GiB")
         state = open_progress(job.out, job.fingerprint, resume, overwrite)
         if state.next_block:
-            _say(f"resuming at block {state.next_block} of {len(job.stream.blocks)}")
+            say(f"resuming at block {state.next_block} of {len(job.stream.blocks)}")
         started = time.monotonic() - state.seconds
         _quantize_blocks(job, state, started, progress)
-        outside = _quantize_outside(job, _say)
+        outside = _quantize_outside(job, say)
         result = _result(job, state.layers + outside)
         job.writer.finish(result)
     measured = {
@@ -125,157 +115,6 @@ def quantize(
     write_json(job.out / MEASURED, measured)
     state.finish()
     return {"out": str(job.out), **result, **measured}
-
-
-@dataclass
-class Job:
-    """One resolved run: what is to be done to which layer, and with what."""
-
-    model: str
-    settings: QuantRecipe
-    out: Path
-    seed: int
-    source: Source
-    stream: BlockStream
-    targets: dict[str, dict[str, Target]]  # block name ("" outside blocks) -> layer name -> target
-    layers: dict[str, LayerPlan]
-    writer: CheckpointWriter
-    windows: torch.Tensor | None  # calibration token ids [samples, window]
-    text: dict[str, Any] | None  # identity of the calibration text
-    budget: int
-    fingerprint: str
-    predicted_peak: int = 0
-
-    @property
-    def batch(self) -> int:
-        """Windows per forward."""
-        return max(1, BATCH_TOKENS // self.settings.calibration.window)
-
-    def target(self, name: str) -> Target:
-        return next(group[name] for group in self.targets.values() if name in group)
-
-
-def _prepare(
-    model: str, settings: QuantRecipe, out: Path, seed: int, memory_budget: float | None
-) -> Job:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; give a directory to write to")
-    source = open_source(model)
-    require_unquantized(source)
-    stream = BlockStream(source)
-    targets = {name: quantizable(name, block) for name, block in stream.blocks}
-    targets[""] = _outside_targets(stream)
-    flat = {name: target for group in targets.values() for name, target in group.items()}
-    layers = settings.plan.resolve(flat)
-    for pattern in settings.plan.idle_patterns(flat):
-        if pattern not in TIED_WITH_EMBEDDING:
-            _say(f"{pattern!r} in the recipe matches no layer of this model")
-    windows, text = None, None
-    if settings.solver.calibrated:
-        windows, text = _calibration_windows(source, settings.calibration, seed)
-    shapes = {name: _stored_shape(target) for name, target in flat.items()}
-    return Job(
-        model=model,
-        settings=settings,
-        out=out,
-        seed=seed,
-        source=source,
-        stream=stream,
-        targets=targets,
-        layers=layers,
-        writer=CheckpointWriter(out, source, layers, shapes, len(stream.blocks) + 1),
-        windows=windows,
-        text=text,
-        budget=_activation_budget(memory_budget),
-        fingerprint=_fingerprint(source, settings, seed, windows),
-    )
-
-
-def _outside_targets(stream: BlockStream) -> dict[str, Target]:
-    """Linears with a weight of their own outside the blocks: an untied output head."""
-    return {
-        name: Target("linear", tuple(module.weight.shape), ("weight",))
-        for name, module in stream.model.named_modules()
-        if isinstance(module, nn.Linear) and f"{name}.weight" in stream.outside
-    }
-
-
-def _calibration_windows(
-    source: Source, settings: Calibration, seed: int
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    text = load_text(settings.text, split="calibration")
-    windows = token_windows(text, source.tokenizer(), settings.window, chat=settings.chat)
-    if len(windows) < settings.samples:
-        _say(
-            f"calibration text {text.name} has {len(windows)} windows of {settings.window} tokens, "
-            f"{settings.samples} were asked for: using {len(windows)}"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(len(windows), generator=generator)[: settings.samples]
-    windows = windows[drawn.sort().values]
-    identity = {"name": text.name, "sha256": text.sha256, "tokens": windows.numel()}
-    return windows, identity
-
-
-def _activation_budget(gib: float | None) -> int:
-    if gib is not None and gib <= 0:
-        raise UserError(f"memory budget must be positive, found {gib} GiB")
-    import psutil
-
-    return int(gib * GIB) if gib is not None else psutil.virtual_memory().available // 4
-
-
-def _fingerprint(
-    source: Source, settings: QuantRecipe, seed: int, windows: torch.Tensor | None
-) -> str:
-    parts: dict[str, Any] = {
-        "source": source.fingerprint(),
-        "recipe": settings.to_dict(),
-        "posttrain": __version__,
-        "torch": torch.__version__,
-    }
-    if windows is not None:
-        # Sums over tokens depend on how the threads share them.
-        parts |= {
-            "seed": seed,
-            "threads": torch.get_num_threads(),
-            "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-        }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-# Bytes per weight that a solve holds beside the weight itself: scaled values, codes, the
-# dequantized copy and its error for rounding; the working copy, steps and codes for GPTQ.
-SOLVE_BYTES = {"rtn": 16, "mse": 28, "gptq": 40}
-
-
-def _demand(job: Job) -> Demand:
-    """Predict memory from shapes alone."""
-    source, calibration = job.source, job.settings.calibration
-    blocks = [job.stream.tensors(name) for name, _ in job.stream.blocks]
-    flat = {name: target for group in job.targets.values() for name, target in group.items()}
-    planned = {name: math.prod(flat[name].shape) for name in job.layers}
-    linears = [flat[name].shape for name in job.layers if flat[name].kind == "linear"]
-    widest = max((max(shape) for shape in linears), default=0)
-    outside = [source.nbytes(name) for name in job.stream.outside]
-    running = job.windows is not None
-    gram = 4 * max((shape[1] ** 2 for shape in linears), default=0)
-    cache = 4 * job.windows.numel() * source.config.get_text_config().hidden_size if running else 0
-    return Demand(
-        outside=sum(outside) + max(outside),
-        embed=2 * sum(outside) if running else 0,
-        block=4 * max(_weights(source, names) for names in blocks),
-        stored=2 * max(_weights(source, names) for names in blocks),
-        solve=SOLVE_BYTES[job.settings.solver.name] * max(planned.values(), default=0)
-        + (10 * gram if running else 0),
-        statistics=3 * gram if running else 0,
-        activations=cache if cache <= job.budget else 0,
-        forward=4 * 6 * job.batch * calibration.window * widest if running else 0,
-    )
-
-
-def _weights(source: Source, names: list[str]) -> int:
-    return sum(math.prod(source.shape(name)) for name in names)
 
 
 def _quantize_blocks(job: Job, state: Progress, started: float, progress: bool) -> None:
@@ -293,16 +132,20 @@ def _quantize_blocks(job: Job, state: Progress, started: float, progress: bool) 
         for index in range(state.next_block, len(job.stream.blocks)):
             state.layers += _quantize_block(job, index, inputs, bar.write)
             bar.update()
-            if inputs is not None and not inputs.spilled:
-                if time.monotonic() - saved < SNAPSHOT_SECONDS:
-                    continue
-            state.next_block = index + 1
-            state.activations = inputs.snapshot(index + 1) if inputs is not None else None
-            state.seconds = time.monotonic() - started
-            state.save()
-            if inputs is not None:
-                inputs.forget_older(state.activations)
-            saved = time.monotonic()
+            due = inputs is None or inputs.spilled or time.monotonic() - saved > SNAPSHOT_SECONDS
+            if due:
+                state.seconds = time.monotonic() - started
+                _save(state, index + 1, inputs)
+                saved = time.monotonic()
+
+
+def _save(state: Progress, next_block: int, inputs: ActivationStore | None) -> None:
+    state.next_block = next_block
+    if inputs is not None:
+        state.activations = inputs.snapshot(next_block)
+    state.save()
+    if state.activations is not None and inputs is not None:
+        inputs.forget_older(state.activations)
 
 
 def _block_inputs(job: Job, state: Progress) -> ActivationStore | None:
@@ -326,8 +169,9 @@ def _quantize_block(
     tensors, records = {}, []
     with job.stream.loaded(index), _replaced(job.stream.model) as replace:
         moments = _capture(job, index, planned, inputs) if inputs is not None else {}
+        shared = _shared_factors(job, planned)
         for layer in planned:
-            stored, record, qweight = _solve(job, layer, moments.get(layer), log)
+            stored, record, qweight = _solve(job, layer, moments.get(layer), log, shared[layer])
             tensors |= stored
             records.append(record)
             if inputs is not None:
@@ -337,6 +181,8 @@ def _quantize_block(
             _advance(job, index, inputs)
     tensors |= _kept(job, job.stream.tensors(name), planned)
     job.writer.write_shard(index + 1, tensors)
+    del tensors
+    trim()
     return records
 
 
@@ -361,6 +207,25 @@ def _capture(
     return {name: collector.of(name) for name in linears}
 
 
+def _shared_factors(job: Job, planned: list[str]) -> dict[str, dict[int, torch.Tensor]]:
+    """Per layer, the per-tensor factors of its scale chain that its fusion group has in common.
+
+    Runtimes that fuse q/k/v or gate/up need one NVFP4 global scale for the fused matrix.
+    """
+    shared: dict[str, dict[int, torch.Tensor]] = {}
+    for group in fusion_groups(planned):
+        spec = job.layers[group[0]].weight
+        whole = [i for i, f in enumerate(spec.factors) if i and str(f.partition) == "tensor"]
+        stored: tuple[Any, ...] = ()
+        if whole and len(group) > 1:
+            weights = [_weight(job.stream.model, job.target(name)) for name in group]
+            stored = fit_scales(torch.cat(weights, dim=-2), spec).stored
+        for name in group:
+            # Each layer stores its own copy: a checkpoint has no shared tensors.
+            shared[name] = {i: stored[i].clone() for i in whole if stored}
+    return shared
+
+
 def _advance(job: Job, index: int, inputs: ActivationStore) -> None:
     for start in range(0, len(job.windows), job.batch):
         inputs.put(start, job.stream.run(index, inputs.get(start, start + job.batch)))
@@ -368,7 +233,11 @@ def _advance(job: Job, index: int, inputs: ActivationStore) -> None:
 
 
 def _solve(
-    job: Job, name: str, moments: InputMoments | None, log: Log
+    job: Job,
+    name: str,
+    moments: InputMoments | None,
+    log: Log,
+    known: dict[int, torch.Tensor] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any], QTensor]:
     """Tensors to store, the record of the layer, and its quantized weight."""
     begun = time.monotonic()
@@ -378,7 +247,9 @@ def _solve(
         # A router decides which tokens an expert sees; its second moments are not gathered.
         solver = RTN()
     weight = _weight(job.stream.model, target)
-    qweight = solver.solve(weight, layer.weight, moments, lambda text: log(f"{name}: {text}"))
+    qweight = solver.solve(
+        Problem(weight, layer.weight, moments, known or {}, lambda text: log(f"{name}: {text}"))
+    )
     stored = job.writer.module_tensors(name, qweight, _bias(job.stream.model, target))
     record = {
         "name": name,
@@ -391,12 +262,6 @@ def _solve(
         "seconds": time.monotonic() - begun,
     }
     return stored, record, qweight
-
-
-def _stored_shape(target: Target) -> tuple[int, ...]:
-    """Shape of a quantized weight: the axis that products reduce over is the last."""
-    *experts, rows, columns = target.shape
-    return (*experts, columns, rows) if target.transposed else target.shape
 
 
 def _weight(model: nn.Module, target: Target) -> torch.Tensor:
@@ -486,11 +351,7 @@ def _result(job: Job, layers: list[dict[str, Any]]) -> dict[str, Any]:
         "left_out": sorted(set(names) - set(covered)),
         "calibration": job.text,
         "seed": job.seed,
-        "notes": job.source.notes,
+        "notes": list(getattr(job.source, "notes", [])),
         "fingerprint": job.fingerprint,
         "layers": [{k: v for k, v in layer.items() if k != "seconds"} for layer in layers],
     }
-
-
-def _say(message: str) -> None:
-    print(f"posttrain: {message}", file=sys.stderr)

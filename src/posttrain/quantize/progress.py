@@ -1,7 +1,6 @@
 """What lets a killed run continue and end with the same bytes."""
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

@@ -6,12 +6,12 @@
            the columns not rounded yet (Frantar et al. 2022, arXiv:2210.17323), for any grid and
            any partition of the scales.
 
-Every solver takes `weight` [out, in] float32, its Spec and the second moments of its input, and
-returns a QTensor. A solver with `calibrated = True` needs the moments.
+Every solver takes a `Problem` and returns a QTensor. One with `calibrated = True` needs the second
+moments of the layer's input.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -33,15 +33,44 @@ from posttrain.quantize.calibration import InputMoments
 Log = Callable[[str], None]
 
 
+def _silent(message: str) -> None:
+    """A log that nobody reads."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer to solve.
+
+    Attributes:
+        weight: [out, in] float32 (experts: [experts, out, in]).
+        spec: what it becomes.
+        moments: second moments of the layer's input, for calibrated solvers.
+        known: stored scale factors, by index, that are given (a per-tensor factor that layers
+            fused by a runtime share).
+        log: where a solver says what a user should know.
+    """
+
+    weight: torch.Tensor
+    spec: Spec
+    moments: InputMoments | None = None
+    known: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    log: Log = _silent
+
+    def rounded(self, clip_ratio: float | torch.Tensor = 1.0) -> QTensor:
+        """Round to nearest with scales at `clip_ratio` of their absmax value."""
+        return quantize(self.weight, self.spec, scales=self.scales(clip_ratio))
+
+    def scales(self, clip_ratio: float | torch.Tensor = 1.0) -> Scales:
+        return fit_scales(self.weight, self.spec, clip_ratio=clip_ratio, known=self.known)
+
+
 class Solver(Protocol):
     """What the pipeline asks of a solver."""
 
     name: ClassVar[str]
     calibrated: ClassVar[bool]
 
-    def solve(
-        self, weight: torch.Tensor, spec: Spec, moments: InputMoments | None, log: Log
-    ) -> QTensor: ...
+    def solve(self, problem: Problem) -> QTensor: ...
 
 
 @dataclass(frozen=True)
@@ -51,10 +80,8 @@ class RTN:
     name: ClassVar[str] = "rtn"
     calibrated: ClassVar[bool] = False
 
-    def solve(
-        self, weight: torch.Tensor, spec: Spec, moments: InputMoments | None, log: Log
-    ) -> QTensor:
-        return quantize(weight, spec)
+    def solve(self, problem: Problem) -> QTensor:
+        return problem.rounded()
 
 
 @dataclass(frozen=True)
@@ -73,17 +100,15 @@ class MSEGrid:
         _require(_count(self.steps), self, "steps must be a positive whole number")
         _require(_within(self.lowest, 1), self, "lowest must be in (0, 1]")
 
-    def solve(
-        self, weight: torch.Tensor, spec: Spec, moments: InputMoments | None, log: Log
-    ) -> QTensor:
-        return quantize(weight, spec, clip_ratio=self.best_ratio(weight, spec))
+    def solve(self, problem: Problem) -> QTensor:
+        return problem.rounded(self.best_ratio(problem))
 
-    def best_ratio(self, weight: torch.Tensor, spec: Spec) -> torch.Tensor:
+    def best_ratio(self, problem: Problem) -> torch.Tensor:
         """Ratio per finest block, as `fit_scales(clip_ratio=...)` takes it."""
-        partition = spec.factors[0].partition
+        partition = problem.spec.factors[0].partition
         best_error: torch.Tensor | None = None
         for ratio in torch.linspace(1.0, self.lowest, self.steps).tolist():
-            difference = weight - quantize(weight, spec, clip_ratio=ratio).dequantize()
+            difference = problem.weight - problem.rounded(ratio).dequantize()
             error = block_sum(difference.square(), partition)
             if best_error is None:
                 best_error, best = error, torch.full_like(error, ratio)
@@ -120,27 +145,23 @@ class GPTQ:
         _require(isinstance(self.actorder, bool), self, "actorder must be true or false")
         _require(_count(self.lazy), self, "lazy must be a positive whole number")
 
-    def solve(
-        self, weight: torch.Tensor, spec: Spec, moments: InputMoments | None, log: Log
-    ) -> QTensor:
-        if moments is None or moments.tokens == 0:
-            log("no calibration token reached this layer: rounded to nearest")
-            return RTN().solve(weight, spec, None, log)
-        factor, order = self._factor(moments, log)
-        scales = fit_scales(weight, spec, clip_ratio=self._clip_ratio(weight, spec))
-        width = 0 if self.actorder else _refit_width(spec)
-        refit = None
-        if width:
-            fixed = {i: scales.stored[i] for i in range(1, len(scales.stored))}
+    def solve(self, problem: Problem) -> QTensor:
+        if problem.moments is None or problem.moments.tokens == 0:
+            problem.log("no calibration token reached this layer: rounded to nearest")
+            return problem.rounded()
+        factor, order = self._factor(problem.moments, problem.log)
+        scales = problem.scales(self._clip_ratio(problem))
+        width = 0 if self.actorder else _refit_width(problem.spec)
+        coarse = {i: scales.stored[i] for i in range(1, len(scales.stored))}
 
-            def refit(part: torch.Tensor) -> Scales:
-                ratio = self._clip_ratio(part, spec)
-                return fit_scales(part, spec, clip_ratio=ratio, known=fixed)
+        def refit(part: torch.Tensor) -> Scales:
+            piece = replace(problem, weight=part, known=coarse)
+            return piece.scales(self._clip_ratio(piece))
 
-        return _round_columns(weight, spec, scales, factor, order, self.lazy, width, refit)
+        return _round_columns(problem, scales, factor, order, self.lazy, width, refit)
 
-    def _clip_ratio(self, weight: torch.Tensor, spec: Spec) -> torch.Tensor | float:
-        return MSEGrid().best_ratio(weight, spec) if self.clip == "mse" else 1.0
+    def _clip_ratio(self, problem: Problem) -> torch.Tensor | float:
+        return MSEGrid().best_ratio(problem) if self.clip == "mse" else 1.0
 
     def _factor(self, moments: InputMoments, log: Log) -> tuple[torch.Tensor, torch.Tensor]:
         """Upper Cholesky factor of the inverse damped Hessian, and the order of its columns.
@@ -206,21 +227,20 @@ def block_sum(x: torch.Tensor, partition: Partition) -> torch.Tensor:
 
 
 def _round_columns(
-    weight: torch.Tensor,
-    spec: Spec,
+    problem: Problem,
     scales: Scales,
     factor: torch.Tensor,
     order: torch.Tensor,
     lazy: int,
     width: int,
-    refit: Callable[[torch.Tensor], Scales] | None,
+    refit: Callable[[torch.Tensor], Scales],
 ) -> QTensor:
-    """Round the columns of `weight` [out, in] in `order`, feeding each error forward.
+    """Round the columns of the weight [out, in] in `order`, feeding each error forward.
 
     `width` > 0: `refit` fits the scales of the `width` columns about to be rounded.
     """
+    weight, grid = problem.weight, problem.spec.grid
     rows, columns = weight.shape
-    grid = spec.grid
     # Transposed, so that a column of the weight is contiguous.
     left = weight.T[order].contiguous()
     step = scales.expand(weight.shape).T[order].contiguous()
@@ -232,7 +252,7 @@ def _round_columns(
         stop = min(start + lazy, columns)
         errors = torch.empty(stop - start, rows)
         for j in range(start, stop):
-            if refit is not None and j % width == 0:
+            if width and j % width == 0:
                 end = min(j + width, columns)
                 part = refit(left[j:end].T.contiguous())
                 _replace_group(scales, part, j // width)
@@ -249,7 +269,7 @@ def _round_columns(
     ordered = torch.empty(columns, rows, dtype=codes[0].dtype)
     ordered[order] = torch.stack(codes)
     # A fresh Scales: the old one may have decoded its factors before they were refitted.
-    return QTensor(ordered.T.contiguous(), replace(scales), spec)
+    return QTensor(ordered.T.contiguous(), replace(scales), problem.spec)
 
 
 def _replace_group(scales: Scales, part: Scales, index: int) -> None:

@@ -71,6 +71,8 @@ class BlockStream:
                 store.put(start, self._record(tokens))
             elif len(tokens) not in self._call:
                 self._record(tokens)
+        if store is not None:
+            store.advance()
         for name in needed:
             _module_of(self.model, name).to("meta")
 

@@ -1,0 +1,195 @@
+"""One resolved run: model, plan, calibration tokens and destination, checked before work starts."""
+
+import hashlib
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from posttrain import __version__
+from posttrain.data.text import load_text, token_windows
+from posttrain.errors import UserError
+from posttrain.models.checkpoint import CheckpointWriter
+from posttrain.models.plan import LayerPlan
+from posttrain.models.source import Source, open_source, require_unquantized
+from posttrain.models.walk import Target, quantizable
+from posttrain.quantize.memory import GIB, Demand
+from posttrain.quantize.recipe import Calibration, QuantRecipe
+from posttrain.quantize.stream import BlockStream
+
+BATCH_TOKENS = 4096  # per forward of a block: enough to keep two cores busy
+TIED_WITH_EMBEDDING = ("lm_head",)  # named by every recipe, absent where the head is tied
+
+
+@dataclass
+class Job:
+    """One resolved run: what is to be done to which layer, and with what."""
+
+    model: str
+    settings: QuantRecipe
+    out: Path
+    seed: int
+    source: Source
+    stream: BlockStream
+    targets: dict[str, dict[str, Target]]  # block name ("" outside blocks) -> layer name -> target
+    layers: dict[str, LayerPlan]
+    writer: CheckpointWriter
+    windows: torch.Tensor | None  # calibration token ids [samples, window]
+    text: dict[str, Any] | None  # identity of the calibration text
+    budget: int
+    fingerprint: str
+    predicted_peak: int = 0
+
+    @property
+    def batch(self) -> int:
+        """Windows per forward."""
+        return max(1, BATCH_TOKENS // self.settings.calibration.window)
+
+    def target(self, name: str) -> Target:
+        return next(group[name] for group in self.targets.values() if name in group)
+
+
+def prepare(
+    model: str, settings: QuantRecipe, out: Path, seed: int, memory_budget: float | None
+) -> Job:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give a directory to write to")
+    source = open_source(model)
+    require_unquantized(source)
+    stream = BlockStream(source)
+    targets = {name: quantizable(name, block) for name, block in stream.blocks}
+    targets[""] = _outside_targets(stream)
+    flat = {name: target for group in targets.values() for name, target in group.items()}
+    layers = settings.plan.resolve(flat)
+    for pattern in settings.plan.idle_patterns(flat):
+        if pattern not in TIED_WITH_EMBEDDING:
+            say(f"{pattern!r} in the recipe matches no layer of this model")
+    windows, text = None, None
+    if settings.solver.calibrated:
+        windows, text = _calibration_windows(source, settings.calibration, seed)
+    shapes = {name: _stored_shape(target) for name, target in flat.items()}
+    return Job(
+        model=model,
+        settings=settings,
+        out=out,
+        seed=seed,
+        source=source,
+        stream=stream,
+        targets=targets,
+        layers=layers,
+        writer=CheckpointWriter(out, source, layers, shapes, len(stream.blocks) + 1),
+        windows=windows,
+        text=text,
+        budget=_activation_budget(memory_budget),
+        fingerprint=_fingerprint(source, settings, seed, windows),
+    )
+
+
+def _outside_targets(stream: BlockStream) -> dict[str, Target]:
+    """Linears with a weight of their own outside the blocks: an untied output head."""
+    inside = tuple(f"{name}." for name, _ in stream.blocks)
+    found: dict[str, Target] = {}
+    for name, module in stream.model.named_modules():
+        owned = f"{name}.weight" in stream.outside and not name.startswith(inside)
+        if isinstance(module, nn.Linear) and owned:
+            found |= quantizable(name, module)
+    return found
+
+
+def _calibration_windows(
+    source: Source, settings: Calibration, seed: int
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    text = load_text(settings.text, split="calibration")
+    windows = token_windows(text, source.tokenizer(), settings.window, chat=settings.chat)
+    if len(windows) < settings.samples:
+        say(
+            f"calibration text {text.name} has {len(windows)} windows of {settings.window} tokens, "
+            f"{settings.samples} were asked for: using {len(windows)}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(len(windows), generator=generator)[: settings.samples]
+    windows = windows[drawn.sort().values]
+    identity = {"name": text.name, "sha256": text.sha256, "tokens": windows.numel()}
+    return windows, identity
+
+
+def _activation_budget(gib: float | None) -> int:
+    if gib is not None and gib <= 0:
+        raise UserError(f"memory budget must be positive, found {gib} GiB")
+    return int(gib * GIB) if gib is not None else psutil.virtual_memory().available // 4
+
+
+def _fingerprint(
+    source: Source, settings: QuantRecipe, seed: int, windows: torch.Tensor | None
+) -> str:
+    parts: dict[str, Any] = {
+        "source": source.fingerprint(),
+        "recipe": settings.to_dict(),
+        "posttrain": __version__,
+        "torch": torch.__version__,
+    }
+    if windows is not None:
+        # Sums over tokens depend on how the threads share them.
+        parts |= {
+            "seed": seed,
+            "threads": torch.get_num_threads(),
+            "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+# Bytes per weight that a solve holds beside the weight itself: scaled values, codes, the
+# dequantized copy and its error for rounding; the working copy, steps and codes for GPTQ.
+SOLVE_BYTES = {"rtn": 16, "mse": 28, "gptq": 40}
+
+
+def demand(job: Job) -> Demand:
+    """Predict memory from shapes alone."""
+    source, calibration = job.source, job.settings.calibration
+    blocks = [job.stream.tensors(name) for name, _ in job.stream.blocks]
+    flat = {name: target for group in job.targets.values() for name, target in group.items()}
+    planned = {name: math.prod(flat[name].shape) for name in job.layers}
+    linears = [flat[name].shape for name in job.layers if flat[name].kind == "linear"]
+    widest = max((max(shape) for shape in linears), default=0)
+    outside = [source.nbytes(name) for name in job.stream.outside]
+    running = job.windows is not None
+    gram = 4 * max((shape[1] ** 2 for shape in linears), default=0)
+    cache = 4 * job.windows.numel() * source.config.get_text_config().hidden_size if running else 0
+    return Demand(
+        outside=_kept_bytes(source, job.stream.outside),
+        embed=2 * sum(outside) if running else 0,
+        block=4 * max(_weights(source, names) for names in blocks),
+        stored=2 * max(_weights(source, names) for names in blocks),
+        solve=SOLVE_BYTES[job.settings.solver.name] * max(planned.values(), default=0)
+        + (10 * gram if running else 0),
+        statistics=3 * gram if running else 0,
+        activations=cache if cache <= job.budget else 0,
+        forward=4 * 6 * job.batch * calibration.window * widest if running else 0,
+    )
+
+
+def _kept_bytes(source: Source, names: list[str]) -> int:
+    """Tensors as they are stored, and the largest read one beside its converted copy."""
+    converted = [name for name in names if source.dtype(name) != source.storage_dtype]
+    stored = source.storage_dtype.itemsize * _weights(source, names)
+    return stored + max((source.nbytes(name) for name in converted), default=0)
+
+
+def _weights(source: Source, names: list[str]) -> int:
+    return sum(math.prod(source.shape(name)) for name in names)
+
+
+def _stored_shape(target: Target) -> tuple[int, ...]:
+    """Shape of a quantized weight: the axis that products reduce over is the last."""
+    *experts, rows, columns = target.shape
+    return (*experts, columns, rows) if target.transposed else target.shape
+
+
+def say(message: str) -> None:
+    print(f"posttrain: {message}", file=sys.stderr)
