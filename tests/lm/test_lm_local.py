@@ -1,0 +1,186 @@
+"""Laws of generation: deterministic, seeded by itself alone, and what the model really says."""
+
+import threading
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from posttrain.errors import UserError
+from posttrain.lm import generate
+from posttrain.lm.local import _choose, prompt_ids, stop_tokens
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'nobody' %}{{ raise_exception('who?') }}{% endif %}"
+    "<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Byte-level: every byte is a token, so that a character can be split between tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: i for i, symbol in enumerate(alphabet)}
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    found = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|endoftext|>")
+    found.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    found.chat_template = TEMPLATE
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+
+class Scripted(torch.nn.Module):
+    """Says the given tokens one after another, whatever it is asked."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model, script):
+        super().__init__()
+        self.config, self.generation_config = model.config, model.generation_config
+        self.script = list(script)
+
+    def forward(self, input_ids, past_key_values, use_cache):
+        logits = torch.zeros(1, input_ids.shape[1], self.config.vocab_size)
+        logits[..., self.script.pop(0)] = 9.0
+        return type("Output", (), {"logits": logits})
+
+
+def without_cache(model, ids, count):
+    for _ in range(count):
+        logits = model(torch.tensor([ids])).logits[0, -1]
+        ids = [*ids, int(logits.argmax())]
+    return ids
+
+
+def test_greedy_is_the_argmax_of_the_whole_text_every_time(model, tokenizer):
+    ids = tokenizer("Hello")["input_ids"]
+    with torch.inference_mode():
+        expected = without_cache(model, ids, 20)[len(ids) :]
+    stops = [i for i, token in enumerate(expected) if token in stop_tokens(model, tokenizer)]
+    expected = expected[: stops[0]] if stops else expected
+    said = generate(model, tokenizer, "Hello", max_new_tokens=20)
+    assert said == tokenizer.decode(expected, skip_special_tokens=True)
+    assert said
+
+
+def test_the_seed_decides_and_the_global_generator_is_untouched(model, tokenizer):
+    def sample(seed):
+        return generate(model, tokenizer, "Hi", max_new_tokens=12, temperature=1.0, seed=seed)
+
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = sample(7)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert sample(7) == first
+    assert len({sample(seed) for seed in range(8)}) > 1
+
+
+def test_threads_get_what_they_would_get_alone(model, tokenizer):
+    def sample(seed):
+        return generate(model, tokenizer, "Hi", max_new_tokens=12, temperature=1.0, seed=seed)
+
+    alone = [sample(seed) for seed in range(4)]
+    together = [None] * 4
+    threads = [
+        threading.Thread(target=lambda i=i: together.__setitem__(i, sample(i))) for i in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+
+
+def test_streamed_pieces_join_to_the_answer_and_split_no_character(model, tokenizer):
+    script = tokenizer("né 世界 🙂!")["input_ids"] + [tokenizer.eos_token_id]
+    pieces = []
+    said = generate(Scripted(model, script), tokenizer, "x", stream=pieces.append)
+    assert said == "né 世界 🙂!"
+    assert "".join(pieces) == said
+    assert "\ufffd" not in said
+    assert len(pieces) > 5
+
+
+def test_an_answer_cut_inside_a_character_still_ends(model, tokenizer):
+    script = tokenizer("ab世")["input_ids"]
+    pieces = []
+    said = generate(Scripted(model, script), tokenizer, "x", max_new_tokens=3, stream=pieces.append)
+    assert said == "".join(pieces) == "ab\ufffd"
+
+
+@pytest.mark.parametrize("stop", ["<|endoftext|>", "<|im_end|>"])
+def test_generation_stops_at_every_kind_of_end(model, tokenizer, stop):
+    script = [*tokenizer("ok")["input_ids"], tokenizer.convert_tokens_to_ids(stop), 65, 65]
+    assert generate(Scripted(model, script), tokenizer, "x") == "ok"
+
+
+def test_messages_go_through_the_template(tokenizer):
+    ids = prompt_ids(tokenizer, [{"role": "user", "content": "hi"}])
+    assert tokenizer.decode(ids) == "<|im_start|>hi<|im_end|>"
+
+
+DRAWS = 4000
+
+
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p, expected",
+    [
+        (1.0, 0, 1.0, [0.5, 0.3, 0.15, 0.05]),
+        (1.0, 2, 1.0, [0.625, 0.375, 0, 0]),
+        (1.0, 0, 0.6, [0.625, 0.375, 0, 0]),
+        (1.0, 0, 0.5, [1, 0, 0, 0]),
+        (1.0, 3, 0.9, [10 / 19, 6 / 19, 3 / 19, 0]),
+        (1.0, 0, 1e-9, [1, 0, 0, 0]),
+        (0.5, 0, 1.0, [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),
+        (0.0, 0, 1.0, [1, 0, 0, 0]),
+    ],
+)
+def test_sampling_follows_the_cut_distribution(temperature, top_k, top_p, expected):
+    order = [2, 0, 3, 1]
+    logits = torch.empty(4)
+    logits[order] = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    generator = torch.Generator().manual_seed(0)
+    drawn = [_choose(logits, generator, temperature, top_k, top_p) for _ in range(DRAWS)]
+    shares = torch.bincount(torch.tensor(drawn), minlength=4)[order] / DRAWS
+    expected = torch.tensor(expected)
+    error = 4 * (expected * (1 - expected) / DRAWS).sqrt()
+    assert ((shares - expected).abs() <= error).all()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"prompt": ""}, "prompt is empty"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"prompt": [{"role": "nobody", "content": "x"}]}, "template refuses.*who"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(model, tokenizer, arguments, message):
+    arguments = {"prompt": "x"} | arguments
+    with pytest.raises(UserError, match=message):
+        generate(model, tokenizer, **arguments)
+
+
+def test_messages_without_a_template_are_refused(model, tokenizer):
+    base = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(UserError, match="no chat template"):
+        generate(model, base, [{"role": "user", "content": "x"}])
