@@ -9,7 +9,7 @@ chains of this kind; CrossQuant is the other kind, a product of powers (absmax /
 Edge cases, defined for every chain:
 - a block of zeros: scale 1 on fp32/fp16/bf16, else the smallest scale of the grid;
 - a positive scale too small or large for its grid: the smallest or largest positive value;
-- infinities: count as the largest float32, except on power-of-two grids, where the scale is NaN
+- infinities: count as the largest float32 (half of it with a zero point), except on power-of-two grids, where the scale is NaN
   (OCP MX); NaN: the scale is NaN wherever the grid has one, so every block that shares a factor
   with a NaN decodes to NaN.
 """
@@ -156,6 +156,8 @@ class _Fit:
         if self.spec.powered:
             rest = [_span(*block_range(x, p), self.spec.grid) for p in partitions[1:]]
             return [finest, *rest]
+        if finest.numel() == 0:
+            return [finest.new_zeros(p.counts(self.matrix)) for p in partitions]
         own = partitions[0].block(self.matrix)
         return [finest] + [coarsen_max(finest, own, p.block(self.matrix)) for p in partitions[1:]]
 
@@ -215,7 +217,8 @@ class _Fit:
                 f"spec '{self.spec}': a zero point needs every factor constant on the blocks of "
                 "the first"
             )
-        zero = -(self.low.clamp(max=0.0) * self.clip_ratio) / nonzero(product)
+        low = self.low.clamp(-_LARGEST / 2, 0.0) * self.clip_ratio
+        zero = -low / nonzero(product)
         return self.spec.grid.encode(zero)
 
 
@@ -246,7 +249,8 @@ def block_range(x: Tensor, partition: Partition) -> tuple[Tensor, Tensor]:
 
 def _span(low: Tensor, high: Tensor, grid: Grid) -> Tensor:
     if grid.zero_point:
-        return high.clamp(min=0.0) - low.clamp(max=0.0)
+        half = _LARGEST / 2  # so that the difference stays finite
+        return high.clamp(0.0, half) - low.clamp(-half, 0.0)
     return torch.maximum(high, -low)
 
 
@@ -296,7 +300,8 @@ def _store_nested(spec: Spec, offset: str | None, target: Tensor) -> "QTensor":
 
     if offset is None:
         return quantize(target, spec)
-    mean = target.mean() if target.numel() else target.new_zeros(())
+    # float64: the sum of large scales would overflow, and that of many would lose digits.
+    mean = target.double().mean().float() if target.numel() else target.new_zeros(())
     return quantize(target - mean, spec).with_offset(mean)
 
 
