@@ -215,7 +215,7 @@ class TableGrid(Grid):
     def _stochastic_ranks(self, y: Tensor, generator: torch.Generator | None) -> Tensor:
         levels = _levels(self).to(y.device)
         y = y.clamp(float(levels[0]), float(levels[-1]))
-        upper = torch.bucketize(y, levels, out_int32=True).clamp_(1, len(levels) - 1)
+        upper = torch.bucketize(y.contiguous(), levels, out_int32=True).clamp_(1, len(levels) - 1)
         low, high = levels[upper - 1], levels[upper]
         # -0.0 and 0.0 are neighbours with no distance between them.
         share = ((y - low) / (high - low)).nan_to_num_(nan=1.0)
@@ -359,7 +359,7 @@ def _edges(grid: TableGrid, ties_away: bool) -> Tensor:
 def _count_below(y: Tensor, edges: Tensor) -> Tensor:
     """Number of edges below each element, int32: its rank among the levels."""
     if len(edges) > 16:
-        return torch.bucketize(y, edges, out_int32=True)
+        return torch.bucketize(y.contiguous(), edges, out_int32=True)
     # A few vectorised comparisons are four times faster than a binary search per element.
     ranks = torch.zeros_like(y, dtype=torch.uint8)
     for edge in edges:

@@ -52,4 +52,6 @@ def uniform_like(t: Tensor, generator: torch.Generator | None) -> Tensor:
         raise UserError(
             "stochastic rounding needs generator=torch.Generator(); global random state is not used"
         )
-    return torch.rand(t.shape, generator=generator, device=t.device, dtype=torch.float32)
+    # Drawn on the generator's own device: the same seed gives the same draws everywhere.
+    u = torch.rand(t.shape, generator=generator, device=generator.device, dtype=torch.float32)
+    return u.to(t.device)
