@@ -101,7 +101,8 @@ class CheckpointWriter:
             raise ValueError(f"{name}: shape {qtensor.shape}, planned {self.shapes[name]}")
         tensors = self._store(name, qtensor, self.layers[name])
         if bias is not None:
-            tensors |= self.kept_tensors({f"{name}.bias": bias})
+            experts = len(qtensor.shape) == 3
+            tensors |= self.kept_tensors({f"{name}_bias" if experts else f"{name}.bias": bias})
         return tensors
 
     def kept_tensors(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -124,6 +125,8 @@ class CheckpointWriter:
         ordered = {name: tensors[name].detach().contiguous() for name in sorted(tensors)}
         part = path.with_suffix(".part")
         save_file(ordered, part, metadata=SHARD_METADATA)
+        # It comes out readable by its owner only; the marker has the mode the user's files have.
+        part.chmod((self.out_dir / MARKER).stat().st_mode)
         _commit(part, path)
         return path
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from posttrain.errors import UserError
 from posttrain.models.plan import LayerPlan
-from posttrain.numbers import Factor, QTensor, Scales, Spec, pack, spec, unpack
+from posttrain.numbers import Factor, QTensor, Spec, pack, packed_bytes, spec, unpack
 
 METHOD = "compressed-tensors"
 WORD = 4  # bytes: packed rows are padded to 32-bit words
@@ -236,17 +236,25 @@ def store(name: str, q: QTensor, layer: LayerPlan) -> dict[str, Tensor]:
 
 
 def _store_codes(q: QTensor, scheme: Scheme) -> dict[str, Tensor]:
+    packed = pack(q.codes, q.spec.bits)
     if scheme.format == "int-quantized":
-        signed = q.codes.to(torch.int16) - (0 if scheme.weights["symmetric"] else 128)
-        return {"weight": signed.to(torch.int8)}
+        return {
+            "weight": (packed if scheme.weights["symmetric"] else packed ^ 128).view(torch.int8)
+        }
     if scheme.format in ("float-quantized", "mxfp8-quantized"):
-        return {"weight": q.codes.view(torch.float8_e4m3fn)}
+        return {"weight": packed.view(torch.float8_e4m3fn)}
     if scheme.format != "pack-quantized":
-        return {"weight_packed": pack(q.codes, q.spec.bits)}
-    middle = 1 << (q.spec.bits - 1) if scheme.weights["symmetric"] else 0
-    packed = pack((q.codes.to(torch.int16) + middle).to(torch.uint8), q.spec.bits)
+        return {"weight_packed": packed}
+    if scheme.weights["symmetric"]:
+        packed = packed ^ _sign_bits(q.spec.bits, q.shape[-1])
     padded = nn.functional.pad(packed, (0, -packed.shape[-1] % WORD))
     return {"weight_packed": padded.view(torch.int32), "weight_shape": torch.tensor(q.shape)}
+
+
+def _sign_bits(bits: int, count: int) -> Tensor:
+    """One packed row with the top bit of every code set: XOR with it turns two's complement codes
+    (our layout) into codes + 2^(b-1) (theirs) and back, without unpacking."""
+    return pack(torch.full((count,), 1 << (bits - 1), dtype=torch.uint8), bits)
 
 
 def _store_scales(q: QTensor, scheme: Scheme) -> dict[str, Tensor]:
@@ -354,11 +362,13 @@ def read_module(
     where: str,
     tensors: dict[str, Tensor],
     group: _Group,
-    shape: tuple[int, ...],
+    shape: tuple[int, int],
     dtype: torch.dtype,
-) -> tuple[QTensor, LayerPlan]:
+) -> tuple[LayerPlan, dict[str, Tensor]]:
     """One layer from its tensors (suffix -> tensor); those used are removed from `tensors`.
 
+    Returns its number formats, and its weight as the tensors `native.layout` names. Codes are
+    never unpacked on the way.
     dtype: the compute dtype. As in the format's own reader, float scales take it; scales stored
     narrower than float32 stay so in memory in a float32 model, which changes no value.
     """
@@ -366,86 +376,69 @@ def read_module(
     if scale.dtype in DTYPE_NAMES and dtype != torch.float32:
         scale = scale.to(dtype)
     weight = group.weight_spec(scale.dtype)
-    factors = _read_factors(where, tensors, group, scale, weight, shape)
-    codes = _read_codes(where, tensors, group, weight, shape)
-    zero_point = None
-    if weight.grid.zero_point:
-        counts = weight.factors[0].partition.counts((shape[0], shape[1]))
-        zero_point = _read_zero_point(where, tensors, group, weight, counts)
-    q = QTensor(codes, Scales(weight, factors, zero_point), weight)
-    return q, LayerPlan(weight, group.input)
-
-
-def _read_factors(
-    where: str,
-    tensors: dict[str, Tensor],
-    group: _Group,
-    scale: Tensor,
-    weight: Spec,
-    shape: tuple[int, ...],
-) -> tuple[Tensor, ...]:
-    found = [scale.view(torch.uint8) if scale.dtype == torch.float8_e4m3fn else scale]
+    found = {"weight_codes": _read_codes(where, tensors, group, weight, shape)}
+    scales = [scale.view(torch.uint8) if scale.dtype == torch.float8_e4m3fn else scale]
     if group.format == "nvfp4-pack-quantized":
-        found.append(_pop(where, tensors, "weight_global_scale"))
-    factors = []
-    for factor, tensor in zip(weight.factors, found, strict=True):
-        counts = factor.partition.counts((shape[0], shape[1]))
-        if tensor.numel() != math.prod(counts) or tensor.dtype != factor.grid.code_dtype:
-            raise UserError(
-                f"{where}: a scale is {list(tensor.shape)} of {tensor.dtype}; {weight} of shape "
-                f"{list(shape)} needs {list(counts)} of {factor.grid.code_dtype}"
-            )
-        factors.append(tensor.reshape(counts))
-    return tuple(factors)
+        scales.append(_pop(where, tensors, "weight_global_scale"))
+    for i, (factor, tensor) in enumerate(zip(weight.factors, scales, strict=True)):
+        found[f"weight_scale_{i}"] = _read_factor(where, factor, tensor, shape)
+    if weight.grid.zero_point:
+        counts = weight.factors[0].partition.counts(shape)
+        found["weight_zero_point"] = _read_zero_point(where, tensors, weight.bits, counts)
+    return LayerPlan(weight, group.input), found
+
+
+def _read_factor(where: str, factor: Factor, tensor: Tensor, shape: tuple[int, int]) -> Tensor:
+    counts, dtype = factor.partition.counts(shape), factor.grid.code_dtype
+    if tensor.numel() != math.prod(counts) or tensor.dtype != dtype:
+        raise UserError(
+            f"{where}: its scale ({factor}) is {list(tensor.shape)} of {tensor.dtype}; a weight "
+            f"{list(shape)} needs {list(counts)} of {dtype}"
+        )
+    return tensor.reshape(counts)
 
 
 def _read_codes(
-    where: str, tensors: dict[str, Tensor], group: _Group, weight: Spec, shape: tuple[int, ...]
+    where: str, tensors: dict[str, Tensor], group: _Group, weight: Spec, shape: tuple[int, int]
 ) -> Tensor:
+    """Codes [out, bytes] in our packed layout."""
+    rows, columns = shape
     bits = weight.bits
     if group.format in ("int-quantized", "float-quantized", "naive-quantized", "mxfp8-quantized"):
         stored = torch.int8 if weight.grid.kind == "int" else torch.float8_e4m3fn
-        codes = _shaped(where, _pop(where, tensors, "weight"), "weight", shape, stored)
-        if weight.grid.zero_point:
-            return (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
-        return codes if stored == torch.int8 else codes.view(torch.uint8)
-    packed = _pop(where, tensors, "weight_packed")
+        codes = _shaped(where, tensors, "weight", shape, stored).view(torch.uint8)
+        if bits < 8:  # one byte each, in which the upper bits repeat the sign
+            codes = pack(codes.view(torch.int8), bits)
+        return codes ^ _sign_bits(bits, columns) if weight.grid.zero_point else codes
     if group.format != "pack-quantized":
-        packed = _shaped(
-            where, packed, "weight_packed", (shape[0], shape[1] * bits // 8), torch.uint8
-        )
-        return unpack(packed, bits, shape[1])
-    said = _pop(where, tensors, "weight_shape")
-    if said.tolist() != list(shape):
-        raise UserError(f"{where}.weight_shape says {said.tolist()}; the model has {list(shape)}")
-    words = -(-shape[1] * bits // 32)
-    packed = _shaped(where, packed, "weight_packed", (shape[0], words), torch.int32)
-    return _centred(_unpack_words(packed, bits, shape[1]), weight)
+        width = packed_bytes(columns, bits)
+        return _shaped(where, tensors, "weight_packed", (rows, width), torch.uint8)
+    said = _pop(where, tensors, "weight_shape").tolist()
+    if said != list(shape):
+        raise UserError(f"{where}.weight_shape says {said}; the model has {list(shape)}")
+    words = -(-columns * bits // 32)
+    packed = _shaped(where, tensors, "weight_packed", (rows, words), torch.int32)
+    codes = _bytes_of_words(packed, bits, columns)
+    return codes if weight.grid.zero_point else codes ^ _sign_bits(bits, columns)
 
 
 def _read_zero_point(
-    where: str, tensors: dict[str, Tensor], group: _Group, weight: Spec, counts: tuple[int, int]
+    where: str, tensors: dict[str, Tensor], bits: int, counts: tuple[int, int]
 ) -> Tensor:
-    stored = _pop(where, tensors, "weight_zero_point")
-    bits = weight.bits
-    if stored.dtype != torch.int32:  # unpacked, one signed byte each
-        stored = _shaped(where, stored.reshape(counts), "weight_zero_point", counts, torch.int8)
-        return (stored.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+    """Zero points [rows, bytes]; theirs are bytes, or words packed down the rows."""
+    if "weight_zero_point" in tensors and tensors["weight_zero_point"].dtype == torch.int8:
+        tensors["weight_zero_point"] = tensors["weight_zero_point"].reshape(counts)
+        signed = _shaped(where, tensors, "weight_zero_point", counts, torch.int8)
+        return pack((signed.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8), bits)
     words = -(-counts[0] * bits // 32)
-    stored = _shaped(where, stored, "weight_zero_point", (words, counts[1]), torch.int32)
-    return _unpack_words(stored.T.contiguous(), bits, counts[0]).T.contiguous()
+    stored = _shaped(where, tensors, "weight_zero_point", (words, counts[1]), torch.int32)
+    down = _bytes_of_words(stored.T, bits, counts[0])
+    return pack(unpack(down, bits, counts[0]).T, bits)
 
 
-def _unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
-    as_bytes = words.contiguous().view(torch.uint8)
-    return unpack(as_bytes[..., : -(-count * bits // 8)], bits, count)
-
-
-def _centred(unsigned: Tensor, weight: Spec) -> Tensor:
-    """Codes of a symmetric grid from codes + 2^(b-1); grids with a zero point keep them."""
-    if weight.grid.zero_point:
-        return unsigned
-    return (unsigned.to(torch.int16) - (1 << (weight.bits - 1))).to(torch.int8)
+def _bytes_of_words(words: Tensor, bits: int, count: int) -> Tensor:
+    """The bytes of rows of 32-bit words, without the padding after `count` codes."""
+    return words.contiguous().view(torch.uint8)[:, : packed_bytes(count, bits)].contiguous()
 
 
 def _grid_name(args: Mapping[str, Any]) -> str:
@@ -506,9 +499,14 @@ def _pop(where: str, tensors: dict[str, Tensor], suffix: str) -> Tensor:
 
 
 def _shaped(
-    where: str, tensor: Tensor, suffix: str, shape: tuple[int, ...], dtype: torch.dtype
+    where: str,
+    tensors: dict[str, Tensor],
+    suffix: str,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
 ) -> Tensor:
-    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+    tensor = _pop(where, tensors, suffix)
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise UserError(
             f"{where}.{suffix} is {list(tensor.shape)} of {tensor.dtype}; expected {list(shape)} "
             f"of {dtype}"

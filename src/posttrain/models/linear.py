@@ -14,7 +14,7 @@ x is [..., in], W is [out, in]. Two ways of computing the product live side by s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -91,8 +91,23 @@ class QuantLinear(nn.Module):
     ) -> QuantLinear:
         """A layer that computes in `dtype` with this weight [out, in]."""
         out_features, in_features = qweight.shape
+        packed = native.pack_qtensor("weight", qweight)
+        return cls.from_packed(out_features, in_features, layer, packed, bias, dtype)
+
+    @classmethod
+    def from_packed(
+        cls,
+        out_features: int,
+        in_features: int,
+        layer: LayerPlan,
+        weight: Mapping[str, Tensor],
+        bias: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> QuantLinear:
+        """A layer from the tensors that `native.layout` names."""
         made = cls(out_features, in_features, layer, bias is not None, dtype)
-        for name, tensor in native.pack_qtensor("weight", qweight).items():
+        native.check_tensors("QuantLinear", "weight", weight, made.weight_spec, made.shape)
+        for name, tensor in weight.items():
             native.put(made, name, tensor)
         if bias is not None:
             made.bias = nn.Parameter(bias.to(dtype), requires_grad=False)

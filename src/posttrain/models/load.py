@@ -212,12 +212,13 @@ def _replace(
     local = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items()}
     where = f"{source.path}: {name}"
     shape = (old.out_features, old.in_features)
-    q, layer = compressed_tensors.read_module(where, local, group, shape, dtype)
+    layer, weight = compressed_tensors.read_module(where, local, group, shape, dtype)
     bias = local.pop("bias", None)
     if (bias is None) != (old.bias is None) or local:
         wrong = shorten([f"{name}.{key}" for key in local]) if local else f"{name}.bias"
         raise UserError(f"{source.path}: tensors do not fit {name}: {wrong}")
-    setattr(model.get_submodule(parent), leaf, QuantLinear.from_qtensor(q, layer, bias, dtype))
+    new = QuantLinear.from_packed(*shape, layer, weight, bias, dtype)
+    setattr(model.get_submodule(parent), leaf, new)
 
 
 # ------------------------------------------------------------------------------ other tools
