@@ -92,7 +92,11 @@ def comparison(
                 {"block": f"model.layers.{b}", "kl": kl / 9 * rng.lognormvariate(0, 0.6)}
                 for b in range(blocks)
             ]
-            model["recipe"] = name.rsplit("demo-", 1)[-1]
+            model["recipe"] = {
+                "name": name.rsplit("demo-", 1)[-1],
+                "layers": [{"match": "*", "weight": "int6 | fp16/g64", "input": "a8"}],
+                "solver": {"name": "rtn"},
+            }
             pairs.append(
                 {
                     "a": "demo",
@@ -156,7 +160,7 @@ def about() -> dict[str, Any]:
         "--max-tokens 32768 --out report.html",
         "machine": {
             "cpu": "Intel Xeon, 2 cores",
-            "memory": "7.6 GiB",
+            "memory_bytes": 8160437248,
             "python": "3.11.7",
             "torch": "2.13.0",
             "posttrain": "0.1.0",

@@ -113,12 +113,14 @@ def _overlap(a: Box, b: Box) -> bool:
 
 def _spot_names(spots: Sequence[Spot], box: Frame) -> list[Markup]:
     """Each name beside its dot, in the first place where it covers nothing; none where there is
-    no such place (the legend has all names)."""
+    no such place or dots are so close that it could be either's (the legend has all names)."""
     room = box.x.start, box.y.end - 10, box.x.end + 10, box.y.start - 2
-    taken: list[Box] = [(box.x(s.bits) - 8, box.y(s.y) - 8, 16, 16) for s in spots]
-    taken += [(box.x(s.bits) - 2, box.y(s.high), 4, box.y(s.low) - box.y(s.high)) for s in spots]
-    marks = []
-    for spot in spots:
+    dots: list[Box] = [(box.x(s.bits) - 7, box.y(s.y) - 7, 14, 14) for s in spots]
+    stems = [(box.x(s.bits) - 2, box.y(s.high), 4, box.y(s.low) - box.y(s.high)) for s in spots]
+    taken, marks = [*dots, *stems], []
+    for spot, dot in zip(spots, dots, strict=True):
+        if sum(_overlap(dot, other) for other in dots) > 1:
+            continue
         name = svg.shorten(spot.model.short, 0.45 * box.width)
         for place in _places(box.x(spot.bits), box.y(spot.y), svg.text_width(name)):
             inside = (

@@ -40,7 +40,7 @@ class Model:
 
     def get(self, key: str) -> float | None:
         """The number under `key` (perhaps infinite), or None where it was not measured."""
-        value = self.values.get(key)
+        value: Any = self.values.get(key)
         return value if real(value) and not math.isnan(value) else None
 
 

@@ -49,7 +49,7 @@ def _ramp(span: tuple[float, float]) -> Markup:
     """The legend of the heat map; its colours span the layers of one model."""
     low, high = (words.number(value, 1) for value in span)
     steps = [tag("i", class_=f"h{step}") for step in range(HEAT)]
-    ends = tag("span", f"QSNR {high} dB, cleanest"), tag("span", f"{low} dB, noisiest")
+    ends = tag("span", f"cleanest {high} dB"), tag("span", f"{low} dB noisiest")
     return tag("p", ends[0], steps, ends[1], class_="ramp")
 
 

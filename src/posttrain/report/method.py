@@ -1,5 +1,6 @@
 """The sections of the page about the measurement: what, how, on which machine."""
 
+import json
 import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,6 +30,7 @@ def method(report: Report) -> Markup:
         "How this was measured",
         facts(_text_facts(report) + _pair_facts(report)),
         _measured(report),
+        _recipes(report),
         tag("h3", "Terms"),
         facts(list(TERMS.items())),
     )
@@ -96,9 +98,25 @@ def _measured(report: Report) -> Markup:
 
 
 def _measure(value: Any, say: Callable[[Any], str]) -> Child:
-    if value is None or isinstance(value, (Mapping, list, tuple)):
+    if isinstance(value, Mapping):  # a recipe
+        value = value.get("name")
+    if value is None or isinstance(value, (list, tuple)):
         return words.MISSING
     return exact(value, say(value)) if content.real(value) else str(value)
+
+
+def _recipes(report: Report) -> list[Markup]:
+    """Each recipe in full, folded away."""
+    found = [(model, model.values.get("recipe")) for model in report.models]
+    return [
+        tag(
+            "details",
+            tag("summary", f"Recipe of {model.short}"),
+            tag("pre", tag("code", json.dumps(recipe, indent=2, default=str, ensure_ascii=False))),
+        )
+        for model, recipe in found
+        if isinstance(recipe, Mapping)
+    ]
 
 
 def origin(report: Report) -> Child:
@@ -108,7 +126,7 @@ def origin(report: Report) -> Child:
         command = shlex.join(map(str, command))
     known: list[tuple[str, Child]] = [("created", report.data.get("created"))]
     if isinstance(machine, Mapping):
-        known += [(str(name).replace("_", " "), _plain(value)) for name, value in machine.items()]
+        known += _machine(machine)
     else:
         known.append(("machine", machine))
     if not command and not any(value for _, value in known):
@@ -121,3 +139,14 @@ def _plain(value: Any) -> Child:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {item}" for key, item in value.items())
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _machine(machine: Mapping[str, Any]) -> list[tuple[str, Child]]:
+    """Facts about the machine; what ends in `_bytes` is a size."""
+    return [
+        (
+            name.removesuffix("_bytes").replace("_", " "),
+            words.size(value) if name.endswith("_bytes") and content.real(value) else _plain(value),
+        )
+        for name, value in ((str(name), value) for name, value in machine.items())
+    ]

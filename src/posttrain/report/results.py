@@ -185,7 +185,7 @@ def quality(report: Report) -> Child:
         figure(
             caption,
             lambda width: charts.quality(spots, width, unit, signed=paired),
-            legend(report, [spot.model for spot in spots]) if len(spots) > 6 else None,
+            legend(report, [spot.model for spot in spots]) if len(spots) > 2 else None,
         ),
     )
 

@@ -210,7 +210,7 @@ def frame(
     x_ticks = (
         log_ticks(*x_span, width - left - right)
         if log_x
-        else ticks(*x_span, count=max(3, int(width // 110)))
+        else ticks(*x_span, count=max(4, int(width // 110)))
     )
     return Frame(
         width,

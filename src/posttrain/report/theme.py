@@ -148,6 +148,7 @@ tbody th{font-weight:600;min-width:12em}
 tbody th small{display:block;font-weight:400;color:var(--soft);font-size:.8rem}
 tbody tr:last-child>*{border-bottom:0}
 td svg,th svg{display:inline-block;vertical-align:middle;max-width:none}
+table.sort th:nth-child(-n+3){text-align:left}
 th button{all:unset;cursor:pointer;text-decoration:underline dotted;text-underline-offset:3px}
 details{margin-top:16px}
 summary{cursor:pointer;color:var(--accent);width:fit-content;border-radius:4px}
@@ -163,7 +164,7 @@ unicode-bidi:plaintext}
 mark{background:var(--mark);color:inherit;border-radius:3px;padding:1px 0;
 box-decoration-break:clone;-webkit-box-decoration-break:clone}
 dl.facts{display:grid;grid-template-columns:minmax(8em,auto) 1fr;gap:8px 20px;margin:14px 0}
-dl.facts dt{color:var(--soft)}
+dl.facts dt{color:var(--soft)}dl.facts dt::first-letter{text-transform:uppercase}
 dl.facts dd{margin:0;min-width:0;overflow-wrap:anywhere}
 pre,code{font:.88em/1.5 ui-monospace,SFMono-Regular,Consolas,"Liberation Mono",monospace}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--page);border-radius:8px;
@@ -172,7 +173,7 @@ padding:12px 14px;margin:12px 0}
 #tip{position:fixed;pointer-events:none;background:var(--ink);color:var(--card);font-size:.82rem;
 line-height:1.4;padding:5px 9px;border-radius:6px;white-space:pre-line;max-width:300px;z-index:2;
 overflow-wrap:anywhere}
-@media (max-width:859px){
+@media screen and (max-width:859px){.ramp i{width:10px}
 main{padding:24px 14px 40px}section{padding:18px 16px}.scroll{margin:12px -16px 0;padding:0 16px}
 .wide{display:none}.narrow{display:block}.narrow svg{width:100%;max-width:420px;margin:0 auto}
 .tiles{grid-template-columns:1fr 1fr;gap:8px}.tiles div{padding:12px 14px}
