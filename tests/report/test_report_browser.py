@@ -141,15 +141,24 @@ def test_hostile_names_run_nothing(browser, tmp_path):
     assert browser.problems == []
 
 
-def test_it_prints_light_and_whole(browser, pages):
-    browser.open(pages["two"], 1280, dark=True)
-    printed = browser.call("Page.printToPDF", printBackground=True)["data"]
-    assert len(printed) > 50_000
+A4 = 718  # px of a sheet between its usual margins
+
+
+@pytest.mark.parametrize("case", ["two", "six"])
+def test_it_prints_light_and_whole(browser, pages, case):
+    browser.open(pages[case], A4, dark=True)
+    assert len(browser.call("Page.printToPDF", printBackground=True)["data"]) > 50_000
     browser.call("Emulation.setEmulatedMedia", media="print")
     try:
         ground = browser.evaluate("getComputedStyle(document.querySelector('h1')).color")
         assert ground == "rgb(28, 27, 25)"
-        assert browser.evaluate("[...document.querySelectorAll('.narrow')]"
-                                ".every(e => !e.offsetHeight)")  # fmt: skip
+        hidden = "[...document.querySelectorAll('.narrow')].every(e => !e.offsetHeight)"
+        assert browser.evaluate(hidden)
+        cut = (
+            "[...document.querySelectorAll('.scroll')].filter(e => e.offsetHeight && "
+            "e.getBoundingClientRect().left + e.scrollWidth > innerWidth + 24).length"
+        )
+        assert browser.evaluate(cut) == 0
+        assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
     finally:
         browser.call("Emulation.setEmulatedMedia", media="")

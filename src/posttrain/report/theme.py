@@ -145,7 +145,7 @@ th:first-child{text-align:left;padding-left:0}.left{text-align:left}
 th svg{margin:4px -10px 0}td svg{margin:0 -10px}.mid{text-align:center}
 td.left,tbody th{white-space:normal;overflow-wrap:anywhere}
 tbody th{font-weight:600;min-width:12em}
-tbody th small{display:block;font-weight:400;color:var(--soft);font-size:.8rem}
+tbody th small{display:block;font-weight:400;color:var(--soft);font-size:.86em}
 tbody tr:last-child>*{border-bottom:0}
 td svg,th svg{display:inline-block;vertical-align:middle;max-width:none}
 table.sort th:nth-child(-n+3){text-align:left}
@@ -183,11 +183,14 @@ tbody th{position:sticky;left:-16px;background:var(--card);padding-left:16px;mar
 tbody th{min-width:7.5em}
 }
 @media print{
-body{background:none;font-size:11pt}main{max-width:none;padding:0}
+body{background:none;font-size:10.5pt}main{max-width:none;padding:0}
 section,.tiles div{border-color:#ccc;break-inside:auto}
 figure,tr,.out,h2,h3,.tiles{break-inside:avoid}h2,h3{break-after:avoid}
 .wide{display:block}.narrow{display:none}.scroll{overflow:visible}
-.text{max-height:none}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
+.text{max-height:none}.tiles{grid-template-columns:repeat(4,1fr)}.tiles .big{font-size:16pt}
+table{font-size:8pt}thead th{font-size:7.5pt}th,td{padding:5px}tbody th{min-width:7em}
+td svg,th svg{width:150px;height:auto}
+*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 }
 """
 
