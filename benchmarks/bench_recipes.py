@@ -1,0 +1,148 @@
+"""Every shipped recipe on the demo model: bits, paired loss, time, memory; beside GGUF's types.
+
+    python benchmarks/bench_recipes.py [--text FILE] [--calibration FILE] [--windows 64]
+
+Writes results/demo-recipes.json. `rows` pairs each result with the full-precision model on the
+same tokens; `gptq_against_rtn` pairs GPTQ with rounding at the same 4-bit format. The peer rows
+are weights quantized by the `gguf` package (llama.cpp's formats, no importance matrix), scored in
+the same run. 4-bit rows flatter whatever lands near the grid the demo's weights came from.
+"""
+
+import argparse
+import gzip
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import ROOT, run_json, write_result
+
+import posttrain
+from posttrain.models.load import load
+
+RUNS = [  # (name, recipe, options)
+    ("w8a8", "w8a8", ()),
+    ("w6a8", "w6a8", ()),
+    ("w4a16-rtn", "w4a16", ("--solver", "rtn")),
+    ("w4a16-mse", "w4a16", ("--solver", "mse")),
+    ("w4a16-gptq", "w4a16", ()),
+    ("w4a8-gptq", "w4a8", ()),
+    ("mxfp4", "mxfp4", ()),
+    ("nvfp4", "nvfp4", ()),
+    ("nf4", "nf4", ()),
+]
+PEERS = ["Q8_0", "Q5_0", "Q4_0"]  # what the gguf package can quantize
+FOUR_BIT = "weights of this checkpoint came from a 4-bit grid (GGUF Q4_1)"
+WORK = ROOT / "build" / "bench"
+
+
+def main() -> None:
+    args = _arguments()
+    WORK.mkdir(parents=True, exist_ok=True)
+    text, calibration = _local(args.text, "evaluation"), _local(args.calibration, "calibration")
+    made = {name: _quantize(name, recipe, options, calibration) for name, recipe, options in RUNS}
+    shown = {str(WORK / name): name for name in made}
+    options = {"text": text, "window": 512, "max_tokens": 512 * args.windows}
+    peers = [_peer(kind) for kind in PEERS]
+    rows, texts = [], None
+    for model, name, facts in [*((path, n, made[n]) for path, n in shown.items()), *peers]:
+        compared = posttrain.compare(["demo", model], generations=False, **options)
+        texts = compared["text"]
+        rows.append(_measured(compared, name) | facts)
+    rtn, gptq = str(WORK / "w4a16-rtn"), str(WORK / "w4a16-gptq")
+    versus = posttrain.compare([rtn, gptq], generations=False, **options)
+    write_result(
+        "demo-recipes",
+        {
+            "rows": rows,
+            "gptq_against_rtn": [_measured(versus, "w4a16 g64, gptq minus rtn")],
+            "text": texts,
+            "windows": args.windows,
+            "window": 512,
+            "note": FOUR_BIT,
+        },
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    data = Path(os.environ.get("POSTTRAIN_DATA", ROOT.parent / "shared" / "data"))
+    wikitext, c4 = data / "wikitext2/test_raw.txt.gz", data / "c4_sample/docs.jsonl.gz"
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--text", type=Path, default=wikitext if wikitext.is_file() else None)
+    parser.add_argument("--calibration", type=Path, default=c4 if c4.is_file() else None)
+    parser.add_argument("--windows", type=int, default=64)
+    return parser.parse_args()
+
+
+def _local(source: Path | None, role: str) -> str | None:
+    """A plain copy under build/, so that results name no folder of this machine."""
+    if source is None:
+        return None
+    names = source.name.removesuffix(".gz")
+    copy = WORK / f"{role}-{source.parent.name}-{names}"
+    opener = gzip.open if source.suffix == ".gz" else open
+    with opener(source, "rb") as read, copy.open("wb") as written:
+        shutil.copyfileobj(read, written)
+    return str(copy.relative_to(ROOT))
+
+
+def _quantize(name: str, recipe: str, options: Any, calibration: str | None) -> dict[str, Any]:
+    words = ["quantize", "demo", "--recipe", recipe, "-o", str(WORK / name), "--overwrite"]
+    given = ["--calibration", calibration] if calibration else []
+    result = run_json(*words, *options, *given)
+    return {
+        "recipe": recipe,
+        "solver": result["recipe"]["solver"]["name"],
+        "quantize_seconds": result["seconds"],
+        "peak_gib": result["peak_rss_bytes"] / 2**30,
+        "predicted_over_measured": result["predicted_peak_bytes"] / result["peak_rss_bytes"],
+        "coverage": result["coverage"],
+    }
+
+
+def _peer(kind: str) -> tuple[Any, str, dict[str, Any]]:
+    """The demo with its decoder linears as GGUF `kind` would store them; head and norms kept."""
+    import gguf
+
+    model = load("demo", dtype=torch.float32)
+    qtype = gguf.GGMLQuantizationType[kind]
+    stored = count = 0
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "layers." in name:
+            packed = gguf.quants.quantize(module.weight.numpy(), qtype)
+            stored, count = stored + packed.nbytes, count + module.weight.numel()
+            module.weight.data = torch.from_numpy(gguf.quants.dequantize(packed, qtype))
+    facts = {
+        "recipe": f"gguf {kind}",
+        "solver": "gguf package",
+        "quantize_seconds": None,
+        "peak_gib": None,
+        "predicted_over_measured": None,
+        "coverage": None,
+        "bits_per_weight": None,  # the whole model was never written in this type
+        "linear_bits_per_weight": 8 * stored / count,
+    }
+    return model, f"gguf {kind}, weights only", facts
+
+
+def _measured(compared: dict[str, Any], name: str) -> dict[str, Any]:
+    (pair,) = compared["pairs"]
+    model = compared["models"][1]
+    layers = model.get("layers") or []
+    sizes = [layer["shape"][0] * layer["shape"][1] for layer in layers]
+    found = {
+        "name": name,
+        "bits_per_weight": model["bits_per_weight"],
+        "nll": model["nll"],
+        "perplexity": model["perplexity"],
+        **{key: pair[key] for key in ("delta_nll", "ci_low", "ci_high", "kl", "greedy_agreement")},
+    }
+    if layers:
+        bits = sum(n * x["bits_per_weight"] for n, x in zip(sizes, layers, strict=True))
+        found["linear_bits_per_weight"] = bits / sum(sizes)
+    return found
+
+
+if __name__ == "__main__":
+    main()
