@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 SIZES = {
     "vocab_size": 96,
@@ -48,14 +49,26 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         "llama4_text",
         {"num_local_experts": 4, "intermediate_size_mlp": 48, "head_dim": 8},
     ),
+    "olmo-hybrid": (
+        "olmo_hybrid",
+        {
+            "num_hidden_layers": 4,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
     "gpt-oss": ("gpt_oss", {"num_local_experts": 4, "head_dim": 8, "sliding_window": 8}),
 }
+# what the installed transformers knows
+TINY = {name: row for name, row in TINY.items() if row[0] in CONFIG_MAPPING}
 MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "llama4", "gpt-oss")
 
 
 def tiny_model(name: str, seed: int = 0, dtype: torch.dtype | None = None) -> Any:
     """A model of TINY, every parameter random (norms and biases too), in its config's dtype."""
-    model_type, fields = TINY[name]
+    model_type, fields = TINY.get(name, (name, {}))
     config = AutoConfig.for_model(model_type, **(SIZES | fields))
     model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
     generator = torch.Generator().manual_seed(seed)

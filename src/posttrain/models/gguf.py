@@ -28,6 +28,12 @@ PROJECTIONS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+SPECIAL_TOKENS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
@@ -57,6 +63,7 @@ class GgufSource(Source):
         self.config = gguf_config(header, path)
         self._entries = _entries(header, architecture(header, path), self.config, path)
         self._identity = _identity(header, self.config, path)
+        self._special_tokens = _special_tokens(header)
 
     def tokenizer(self) -> Any:
         from transformers import PreTrainedTokenizerFast
@@ -70,6 +77,8 @@ class GgufSource(Source):
                 f"{self.path}: cannot build its tokenizer: {one_line(error)}"
             ) from error
         tokenizer.name_or_path = self.name
+        for role, token in self._special_tokens.items():
+            setattr(tokenizer, role, token)
         return tokenizer
 
     def copy_side_files(self, out_dir: str | Path) -> None:
@@ -77,6 +86,14 @@ class GgufSource(Source):
 
         self.tokenizer().save_pretrained(out_dir)
         GenerationConfig.from_model_config(self.config).save_pretrained(out_dir)
+
+
+def _special_tokens(header: GgufHeader) -> dict[str, str]:
+    """Role -> token as the file says it; transformers versions differ in what they take over."""
+    data = header.metadata
+    tokens = data.get("tokenizer.ggml.tokens", [])
+    ids = {role: data.get(f"tokenizer.ggml.{key}") for role, key in SPECIAL_TOKENS.items()}
+    return {role: tokens[i] for role, i in ids.items() if i is not None and i < len(tokens)}
 
 
 def _identity(header: GgufHeader, config: Any, path: Path) -> dict[str, Any]:

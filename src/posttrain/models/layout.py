@@ -181,6 +181,7 @@ def _conversion(
             for key in column:
                 run.add_tensor(name, key, pattern, partial(stored[key].read, files))
         made = run.convert(name, model=table.model, config=table.model.config)
+        made = made[0] if isinstance(made, tuple) else made  # early versions add a list of errors
         value: torch.Tensor = made[target][0] if isinstance(made[target], list) else made[target]
         return value.contiguous()
 

@@ -65,15 +65,18 @@ def skeleton(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     try:
         with torch.device("meta"):
-            model: nn.Module = build(deepcopy(config), dtype=dtype)
+            model: Any = build(deepcopy(config), dtype=dtype)
     except (ValueError, TypeError, ImportError, AttributeError, KeyError) as error:
         raise UserError(
             f"cannot build a {getattr(config, 'model_type', '?')!r} causal language model "
             f"from its config: {' '.join(str(error).split())}"
         ) from error
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()  # early transformers 5 ties only when loading
     _fill_computed_buffers(model)
     _keep_float32(model, dtype)
-    return model.eval().requires_grad_(False)
+    walkable: nn.Module = model.eval().requires_grad_(False)
+    return walkable
 
 
 def _non_persistent(module: nn.Module) -> dict[str, torch.Tensor | None]:
