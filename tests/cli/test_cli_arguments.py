@@ -201,7 +201,7 @@ def test_compare_writes_a_report(fakes, tmp_path, capsys):
     out = tmp_path / "report.html"
     assert main(["compare", "m", "n", "-o", str(out)]) == 0
     assert "out" not in fakes.calls[0][1]
-    assert out.read_text().lstrip().startswith("<!doctype html>")
+    assert out.read_text().lower().startswith("<!doctype html>")
     assert str(out) in capsys.readouterr().out
 
 
