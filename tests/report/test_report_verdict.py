@@ -79,3 +79,10 @@ def test_a_single_model_has_its_perplexity_as_verdict():
     assert verdict.headline(*read(comparison(0))) == (
         "demo has perplexity 18.41 at 32 bits per weight."
     )
+
+
+def test_a_model_that_is_larger_than_its_reference_is_said_to_be():
+    said = verdict.sentence(pair_with(0.1, 0.05, 0.15, bits_per_weight=40.0))
+    assert said.startswith(
+        "demo-w6a8 needs 40 bits per weight, more than the 32 of demo, and costs"
+    )

@@ -296,18 +296,12 @@ def _heat_cell(
     gap = 1 if wide > 6 else 0.4
     marks = [svg.rect(x, y, wide - gap, tall - gap, f"h{step} heat", tag("title", tip))]
     if wide >= 20:
-        label = words.number(qsnr, 1 if wide >= 34 else 0)
+        label = words.number(qsnr, 1 if wide >= 24 else 0)
+        small = " small" if 24 <= wide < 34 else ""
         marks.append(
-            tag(
-                "text",
-                label,
-                x=x + wide / 2,
-                y=y + tall / 2 + 4,
-                text_anchor="middle",
-                class_=f"cell t{step}",
-                pointer_events="none",
-            )
-        )
+            tag("text", label, x=x + wide / 2, y=y + tall / 2 + 4, text_anchor="middle",
+                class_=f"cell{small} t{step}", pointer_events="none")
+        )  # fmt: skip
     return marks
 
 

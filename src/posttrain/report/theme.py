@@ -114,7 +114,7 @@ svg{display:block;max-width:100%;height:auto;overflow:visible}
 svg text{font-size:12px;fill:var(--ink);font-family:inherit;font-variant-numeric:tabular-nums}
 svg .tick,svg .axis{fill:var(--soft)}
 svg .label{paint-order:stroke;stroke:var(--card);stroke-width:4px}
-svg .cell{font-size:11px}
+svg .cell{font-size:11px}svg .small{font-size:10px}
 .grid{stroke:var(--grid)}.base{stroke:var(--hair)}.zero{stroke:var(--soft);stroke-dasharray:3 3}
 .stroke{stroke:var(--c);stroke-width:2;fill:none;stroke-linejoin:round;stroke-linecap:round}
 .dashed.stroke{stroke-dasharray:6 4}

@@ -32,6 +32,9 @@ def cost(pair: Pair) -> str | None:
         return None
     if before == after:
         return f"needs the same {words.bits(after)} bits per weight"
+    if after > before:
+        more = f"more than the {words.bits(before)} of {pair.a.short}"
+        return f"needs {words.bits(after)} bits per weight, {more},"
     return f"needs {words.bits(after)} bits per weight instead of {words.bits(before)}"
 
 
