@@ -45,6 +45,26 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 24}),
     "qwen3-moe": ("qwen3_moe", EXPERTS | {"head_dim": 8}),
     "olmoe": ("olmoe", {"num_experts": 12, "num_experts_per_tok": 2}),
+    "glm4-moe": (
+        "glm4_moe",
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 0,
+            "dtype": "bfloat16",
+        },
+    ),
+    "ernie-moe": (
+        "ernie4_5_moe",
+        {
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": 16,
+            "moe_layer_start_index": 0,
+            "dtype": "bfloat16",
+        },
+    ),
     "llama4": (
         "llama4_text",
         {"num_local_experts": 4, "intermediate_size_mlp": 48, "head_dim": 8},
@@ -63,7 +83,16 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # what the installed transformers knows
 TINY = {name: row for name, row in TINY.items() if row[0] in CONFIG_MAPPING}
-MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "llama4", "gpt-oss")
+MIXTURES = (
+    "mixtral",
+    "qwen2-moe",
+    "qwen3-moe",
+    "olmoe",
+    "glm4-moe",
+    "ernie-moe",
+    "llama4",
+    "gpt-oss",
+)
 
 
 def tiny_model(name: str, seed: int = 0, dtype: torch.dtype | None = None) -> Any:

@@ -62,12 +62,12 @@ def test_forward_is_the_product_of_the_dequantized_operands(weight):
 
 # (ours, input, arguments of the peer's QuantizationArgs for weights and inputs)
 PEER = [
-    ("int6 | fp32/g64", None, dict(num_bits=6, strategy="group", group_size=64), None),
-    ("int4t | fp32/g16", "a8", dict(num_bits=4, strategy="group", group_size=16), "token"),
-    ("int8 | fp32/row", "a8", dict(num_bits=8, strategy="channel"), "token"),
-    ("int8 | fp32/tensor", "int8h | fp32/tensor", dict(num_bits=8, strategy="tensor"), "tensor"),
-    ("int8 | fp32/row", "int8h | fp32/g64", dict(num_bits=8, strategy="channel"), "group"),
-    ("e4m3 | fp32/row", "fp8", dict(num_bits=8, type="float", strategy="channel"), "token"),
+    ("int6 | fp32/g64", None, {"num_bits": 6, "strategy": "group", "group_size": 64}, None),
+    ("int4t | fp32/g16", "a8", {"num_bits": 4, "strategy": "group", "group_size": 16}, "token"),
+    ("int8 | fp32/row", "a8", {"num_bits": 8, "strategy": "channel"}, "token"),
+    ("int8 | fp32/tensor", "int8h | fp32/tensor", {"num_bits": 8, "strategy": "tensor"}, "tensor"),
+    ("int8 | fp32/row", "int8h | fp32/g64", {"num_bits": 8, "strategy": "channel"}, "group"),
+    ("e4m3 | fp32/row", "fp8", {"num_bits": 8, "type": "float", "strategy": "channel"}, "token"),
 ]
 
 

@@ -110,6 +110,7 @@ def test_the_dictionary_form_round_trips(weight, inputs):
         ),
         ({"layers": [{"match": "*", "weight": "w6g46"}]}, r"(?s)layers\[0\]\.weight: .*'w6g64'"),
         ({"layers": [{**ALL_W6, "input": "int8 | fp32/rwo"}]}, r"(?s)\.input: .*rwo.*'row'"),
+        ({"layers": [{**ALL_W6, "input": "int8@sr | fp32/row"}]}, "rounds by chance"),
         ({"layers": [ALL_W6], "ignore": "lm_head"}, "ignore must be a list"),
         ({"layers": [ALL_W6], "ignore": [3]}, "ignore must hold name patterns; found 3"),
     ],

@@ -45,6 +45,19 @@ def test_skeleton_filled_from_source_equals_from_pretrained(name, tmp_path):
     assert torch.equal(logits(model), logits(reference))
 
 
+def test_what_an_architecture_keeps_in_float32_stays_so(tmp_path, monkeypatch):
+    keep = "transformers.models.llama.modeling_llama.LlamaForCausalLM._keep_in_fp32_modules_strict"
+    monkeypatch.setattr(keep, ["layernorm"])
+    save_tiny("llama-bf16", tmp_path)
+    source = open_source(tmp_path)
+    model = skeleton(source.config)
+    assign(model, "", source.read(source.tensor_names()))
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    kinds = {n: t.dtype for n, t in reference.state_dict().items()}
+    assert set(kinds.values()) == {torch.float32, torch.bfloat16}
+    assert {n: t.dtype for n, t in model.state_dict().items()} == kinds
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_tensor_names_are_the_state_dict_with_ties_once(name, tmp_path):
     model = save_tiny(name, tmp_path)
@@ -70,7 +83,13 @@ def test_blocks_cover_all_big_weights(name):
         claimed = {p for target in targets.values() for p in target.parameters.values()}
         for local, parameter in block.named_parameters():
             full = f"{block_name}.{local}"
-            known = ("mlp.gate.weight", "router.weight", "router.bias", "conv1d.weight")
+            known = (
+                "mlp.gate.weight",
+                "router.weight",
+                "router.bias",
+                "conv1d.weight",
+                "score_correction_bias",
+            )
             assert full in claimed or parameter.dim() < 2 or full.endswith(known), full
 
 

@@ -145,7 +145,7 @@ def _input_args(spec: Spec, columns: int) -> dict[str, Any]:
     """Dynamic activations. The reader's own convention is absmax / 127.5 (int8h)."""
     grid = spec.grid
     names = {f"int{bits}h": (bits, "int") for bits in range(2, 9)} | {"e4m3": (8, "float")}
-    if grid.name not in names or chain(spec) == "":
+    if grid.name not in names or chain(spec) == "" or chain(spec) in BLOCK_FORMATS:
         raise NotExpressible(f"it has no input format {spec}")
     factor = _only_float_factor(spec)
     if factor.grid_name != "fp32" or spec.rounding != "rne":

@@ -37,9 +37,16 @@ class ExpertsRecord:
 
 
 def quantize_parameter(
-    module: nn.Module, name: str, layer: LayerPlan, device: torch.device | str = "meta"
+    module: nn.Module,
+    name: str,
+    layer: LayerPlan,
+    transposed: bool,
+    device: torch.device | str = "meta",
 ) -> None:
-    """Replace parameter `name` [experts, ., .] by empty packed buffers `<name>_codes`, ..."""
+    """Replace parameter `name` by empty packed buffers `<name>_codes`, ...
+
+    transposed: the module holds [experts, in, out] (see `walk.Target`), else [experts, out, in].
+    """
     if layer.input is not None:
         raise UserError(
             f"experts ({name}): their inputs cannot be quantized; add a rule without input for them"
@@ -47,7 +54,6 @@ def quantize_parameter(
     assert layer.weight is not None
     parameter = module._parameters[name]
     assert parameter is not None
-    transposed = bool(getattr(module, "is_transposed", False))
     shape = stored_shape(tuple(parameter.shape), transposed)
     record = ExpertsRecord(layer.weight, shape, transposed, parameter.dtype)
     for buffer, (size, dtype) in native.layout(name, layer.weight, shape).items():

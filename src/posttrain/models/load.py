@@ -22,7 +22,7 @@ from posttrain.models.checkpoint import check_finished
 from posttrain.models.linear import QuantLinear, check_resident
 from posttrain.models.plan import LayerPlan, shorten
 from posttrain.models.source import open_source
-from posttrain.models.walk import assign, decoder_blocks, skeleton
+from posttrain.models.walk import Target, assign, decoder_blocks, quantizable, skeleton
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -115,11 +115,14 @@ def _finished(model: Any, source: Source) -> Any:
 
 def install(model: nn.Module, layers: Mapping[str, LayerPlan], where: str) -> None:
     """Replace every layer named in `layers` by an empty quantized one, on the meta device."""
+    targets = _expert_targets(model, layers, where)
     for name, layer in layers.items():
         parent_name, _, leaf = name.rpartition(".")
-        parent = _submodule(model, parent_name, name, where)
+        parent = model.get_submodule(parent_name)
         if leaf in parent._parameters:
-            experts.quantize_parameter(parent, leaf, layer)
+            if name not in targets:
+                raise UserError(f"{where}: {name} is a parameter that cannot be quantized")
+            experts.quantize_parameter(parent, leaf, layer, targets[name].transposed)
             continue
         old = _submodule(model, name, name, where)
         if not isinstance(old, nn.Linear):
@@ -128,6 +131,19 @@ def install(model: nn.Module, layers: Mapping[str, LayerPlan], where: str) -> No
             old.out_features, old.in_features, layer, old.bias is not None, old.weight.dtype
         )
         setattr(parent, leaf, new)
+
+
+def _expert_targets(
+    model: nn.Module, layers: Mapping[str, LayerPlan], where: str
+) -> dict[str, Target]:
+    """Targets of the modules that own quantized parameters, before anything is replaced."""
+    found: dict[str, Target] = {}
+    for name in layers:
+        parent_name, _, leaf = name.rpartition(".")
+        parent = _submodule(model, parent_name, name, where)
+        if leaf in parent._parameters and name not in found:
+            found |= quantizable(parent_name, parent)
+    return found
 
 
 def _submodule(model: nn.Module, path: str, name: str, where: str) -> nn.Module:

@@ -146,7 +146,10 @@ def _rule(entry: object, where: str) -> Rule:
         raise UserError(
             f"{where}: 'weight' is missing; to leave {match!r} unquantized list it under 'ignore'"
         )
-    return Rule(match, weight, _spec(entry.get("input"), f"{where}.input"))
+    inputs = _spec(entry.get("input"), f"{where}.input")
+    if inputs is not None and inputs.rounding == "sr":
+        raise UserError(f"{where}.input: {inputs} rounds by chance, so no two runs would agree")
+    return Rule(match, weight, inputs)
 
 
 def _spec(text: object, where: str) -> Spec | None:
