@@ -112,9 +112,9 @@ def _keep_float32(model: Any, dtype: torch.dtype) -> None:
         plan = model._get_dtype_plan(dtype)
     for pattern, wanted in plan.items():
         found = re.compile(pattern.replace("*", r".*"))
-        for name, parameter in model.named_parameters():
+        for name, tensor in model.state_dict(keep_vars=True).items():
             if found.search(name):
-                parameter.data = parameter.data.to(wanted)
+                tensor.data = tensor.data.to(wanted)
 
 
 # --------------------------------------------------------------------------------------- blocks
