@@ -7,6 +7,7 @@ time with plain file calls: a memory map would count as resident memory.
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ class ActivationStore:
         batch = torch.empty((stop - start, *self.shape[1:]))
         with self._file(self._parity).open("rb", buffering=0) as file:
             file.seek(start * self._row_bytes)
-            _read_exactly(file, memoryview(batch.numpy()).cast("B"))
+            _read_exactly(file, _bytes(batch))
         return batch
 
     def put(self, start: int, batch: torch.Tensor) -> None:
@@ -52,7 +53,7 @@ class ActivationStore:
         path.touch()
         with path.open("r+b", buffering=0) as file:
             file.seek(start * self._row_bytes)
-            file.write(memoryview(batch.numpy()).cast("B"))
+            file.write(_bytes(batch))
 
     def advance(self) -> None:
         self._parity = 1 - self._parity
@@ -67,7 +68,7 @@ class ActivationStore:
         path = self.folder / f"inputs-of-block-{index}.bin"
         with path.open("wb", buffering=0) as file:
             for sample in self._memory:
-                file.write(memoryview(sample.numpy()).cast("B"))
+                file.write(_bytes(sample))
             os.fsync(file.fileno())
         return path.name
 
@@ -83,7 +84,7 @@ class ActivationStore:
             return True
         with path.open("rb", buffering=0) as file:
             for sample in self._memory:
-                _read_exactly(file, memoryview(sample.numpy()).cast("B"))
+                _read_exactly(file, _bytes(sample))
         return True
 
     def forget_older(self, name: str) -> None:
@@ -97,7 +98,13 @@ class ActivationStore:
         return 4 * self.shape[1] * self.shape[2]
 
 
-def _read_exactly(file, view: memoryview) -> None:
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    values: Any = tensor.numpy()
+    return memoryview(values).cast("B")
+
+
+def _read_exactly(file: Any, view: memoryview) -> None:
     while view.nbytes:
         count = file.readinto(view)
         if not count:

@@ -19,6 +19,7 @@ from posttrain.models.checkpoint import CheckpointWriter
 from posttrain.models.plan import LayerPlan
 from posttrain.models.source import Source, open_source, require_unquantized
 from posttrain.models.walk import Target, quantizable
+from posttrain.numbers import Spec
 from posttrain.quantize.memory import GIB, Demand
 from posttrain.quantize.recipe import Calibration, QuantRecipe
 from posttrain.quantize.stream import BlockStream
@@ -40,16 +41,27 @@ class Job:
     targets: dict[str, dict[str, Target]]  # block name ("" outside blocks) -> layer name -> target
     layers: dict[str, LayerPlan]
     writer: CheckpointWriter
-    windows: torch.Tensor | None  # calibration token ids [samples, window]
+    windows: torch.Tensor  # calibration token ids [samples, window]; no sample for RTN
     text: dict[str, Any] | None  # identity of the calibration text
     budget: int
     fingerprint: str
     predicted_peak: int = 0
 
     @property
+    def calibrated(self) -> bool:
+        """Whether block inputs flow through the model while it is quantized."""
+        return self.settings.solver.calibrated
+
+    @property
     def batch(self) -> int:
         """Windows per forward."""
         return max(1, BATCH_TOKENS // self.settings.calibration.window)
+
+    def spec(self, name: str) -> Spec:
+        """What the weight of a planned layer becomes."""
+        spec = self.layers[name].weight
+        assert spec is not None  # Plan.resolve gives no layer without one
+        return spec
 
     def target(self, name: str) -> Target:
         return next(group[name] for group in self.targets.values() if name in group)
@@ -70,7 +82,7 @@ def prepare(
     for pattern in settings.plan.idle_patterns(flat):
         if pattern not in TIED_WITH_EMBEDDING:
             say(f"{pattern!r} in the recipe matches no layer of this model")
-    windows, text = None, None
+    windows, text = torch.empty(0, settings.calibration.window, dtype=torch.long), None
     if settings.solver.calibrated:
         windows, text = _calibration_windows(source, settings.calibration, seed)
     shapes = {name: _stored_shape(target) for name, target in flat.items()}
@@ -125,16 +137,14 @@ def _activation_budget(gib: float | None) -> int:
     return int(gib * GIB) if gib is not None else psutil.virtual_memory().available // 4
 
 
-def _fingerprint(
-    source: Source, settings: QuantRecipe, seed: int, windows: torch.Tensor | None
-) -> str:
+def _fingerprint(source: Source, settings: QuantRecipe, seed: int, windows: torch.Tensor) -> str:
     parts: dict[str, Any] = {
         "source": source.fingerprint(),
         "recipe": settings.to_dict(),
         "posttrain": __version__,
         "torch": torch.__version__,
     }
-    if windows is not None:
+    if len(windows):
         # Sums over tokens depend on how the threads share them.
         parts |= {
             "seed": seed,
@@ -158,9 +168,9 @@ def demand(job: Job) -> Demand:
     linears = [flat[name].shape for name in job.layers if flat[name].kind == "linear"]
     widest = max((max(shape) for shape in linears), default=0)
     outside = [source.nbytes(name) for name in job.stream.outside]
-    running = job.windows is not None
+    running = job.calibrated
     gram = 4 * max((shape[1] ** 2 for shape in linears), default=0)
-    cache = 4 * job.windows.numel() * source.config.get_text_config().hidden_size if running else 0
+    cache = 4 * job.windows.numel() * source.config.get_text_config().hidden_size
     return Demand(
         outside=_kept_bytes(source, job.stream.outside),
         embed=2 * sum(outside) if running else 0,

@@ -132,8 +132,7 @@ def _quantize_blocks(job: Job, state: Progress, started: float, progress: bool) 
         for index in range(state.next_block, len(job.stream.blocks)):
             state.layers += _quantize_block(job, index, inputs, bar.write)
             bar.update()
-            due = inputs is None or inputs.spilled or time.monotonic() - saved > SNAPSHOT_SECONDS
-            if due:
+            if inputs is None or inputs.spilled or time.monotonic() - saved > SNAPSHOT_SECONDS:
                 state.seconds = time.monotonic() - started
                 _save(state, index + 1, inputs)
                 saved = time.monotonic()
@@ -150,7 +149,7 @@ def _save(state: Progress, next_block: int, inputs: ActivationStore | None) -> N
 
 def _block_inputs(job: Job, state: Progress) -> ActivationStore | None:
     """The inputs of `state.next_block`; the run starts over if their snapshot is gone."""
-    if job.windows is None:
+    if not job.calibrated:
         return None
     shape = (*job.windows.shape, job.source.config.get_text_config().hidden_size)
     inputs = ActivationStore(state.folder, shape, job.budget)
@@ -166,7 +165,8 @@ def _quantize_block(
 ) -> list[dict[str, Any]]:
     name, _ = job.stream.blocks[index]
     planned = [layer for layer in job.targets[name] if layer in job.layers]
-    tensors, records = {}, []
+    tensors: dict[str, torch.Tensor] = {}
+    records = []
     with job.stream.loaded(index), _replaced(job.stream.model) as replace:
         moments = _capture(job, index, planned, inputs) if inputs is not None else {}
         shared = _shared_factors(job, planned)
@@ -214,7 +214,7 @@ def _shared_factors(job: Job, planned: list[str]) -> dict[str, dict[int, torch.T
     """
     shared: dict[str, dict[int, torch.Tensor]] = {}
     for group in fusion_groups(planned):
-        spec = job.layers[group[0]].weight
+        spec = job.spec(group[0])
         whole = [i for i, f in enumerate(spec.factors) if i and str(f.partition) == "tensor"]
         stored: tuple[Any, ...] = ()
         if whole and len(group) > 1:
@@ -248,7 +248,7 @@ def _solve(
         solver = RTN()
     weight = _weight(job.stream.model, target)
     qweight = solver.solve(
-        Problem(weight, layer.weight, moments, known or {}, lambda text: log(f"{name}: {text}"))
+        Problem(weight, job.spec(name), moments, known or {}, lambda text: log(f"{name}: {text}"))
     )
     stored = job.writer.module_tensors(name, qweight, _bias(job.stream.model, target))
     record = {
@@ -313,7 +313,8 @@ def _kept(job: Job, names: list[str], quantized: list[str]) -> dict[str, torch.T
 def _quantize_outside(job: Job, log: Log) -> list[dict[str, Any]]:
     """The tensors outside the blocks: embeddings, final norm, and an output head if planned."""
     planned = [name for name in job.targets[""] if name in job.layers]
-    tensors, records = {}, []
+    tensors: dict[str, torch.Tensor] = {}
+    records = []
     for name in planned:
         for parameter in job.target(name).parameters.values():
             assign(job.stream.model, "", job.source.read([parameter]), COMPUTE_DTYPE)

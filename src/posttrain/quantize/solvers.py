@@ -53,7 +53,7 @@ class Problem:
     weight: torch.Tensor
     spec: Spec
     moments: InputMoments | None = None
-    known: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    known: Mapping[int, torch.Tensor | QTensor] = field(default_factory=dict)
     log: Log = _silent
 
     def rounded(self, clip_ratio: float | torch.Tensor = 1.0) -> QTensor:
@@ -245,7 +245,7 @@ def _round_columns(
     left = weight.T[order].contiguous()
     step = scales.expand(weight.shape).T[order].contiguous()
     zero = scales.expand_zero_point(weight.shape)
-    zero = None if zero is None else zero.T[order].to(torch.float32).contiguous()
+    zero = None if zero is None else zero.T[order].contiguous()
     codes: list[torch.Tensor] = []
     lazy = max(lazy // width, 1) * width if width else lazy
     for start in range(0, columns, lazy):
@@ -258,7 +258,7 @@ def _round_columns(
                 _replace_group(scales, part, j // width)
                 step[j:end] = part.expand((rows, end - j)).T
                 if zero is not None:
-                    zero[j:end] = part.expand_zero_point((rows, end - j)).T
+                    zero[j:end] = torch.as_tensor(part.expand_zero_point((rows, end - j))).T
             offset = None if zero is None else zero[j]
             code = encode_scaled(left[j], grid, step[j], offset)
             value = decode_scaled(code, grid, step[j], offset)
@@ -273,9 +273,11 @@ def _round_columns(
 
 
 def _replace_group(scales: Scales, part: Scales, index: int) -> None:
-    scales.stored[0][:, index] = part.stored[0][:, 0]
-    if scales.zero_point is not None:
-        scales.zero_point[:, index] = part.zero_point[:, 0]
+    """Put the refitted scales of one group of columns in their place, in storage."""
+    pairs = ((scales.stored[0], part.stored[0]), (scales.zero_point, part.zero_point))
+    for whole, piece in pairs:
+        if isinstance(whole, torch.Tensor) and isinstance(piece, torch.Tensor):
+            whole[:, index] = piece[:, 0]
 
 
 def _require(condition: bool, solver: Solver, message: str) -> None:

@@ -26,7 +26,7 @@ class BlockStream:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.model = skeleton(source.config)
+        self.model: Any = skeleton(source.config)
         self.blocks = decoder_blocks(self.model)
         prefixes = tuple(f"{name}." for name, _ in self.blocks)
         names = source.tensor_names()
@@ -109,7 +109,7 @@ class _Recorder:
         self.hidden = torch.empty(0)
         self._uniform = True
 
-    def run(self, model: nn.Module, blocks: list[nn.Module], tokens: torch.Tensor) -> bool:
+    def run(self, model: Any, blocks: list[nn.Module], tokens: torch.Tensor) -> bool:
         originals = [block.forward for block in blocks]
         for block in blocks:
             block.forward = self._forward
