@@ -182,7 +182,7 @@ def test_experts_are_quantized_and_load_again(tmp_path, name):
     save_tiny(name, tmp_path / "source")
     out = [tmp_path / str(i) for i in range(2)]
     for folder, weight in zip(out, ("int6 | fp16/g16", "nf4-dq"), strict=True):
-        writer = write(tmp_path / "source", folder, rules(weight, "a8"))
+        writer = write(tmp_path / "source", folder, rules(weight, "a8", ("*.router",)))
         assert any(len(writer.shapes[layer]) == 3 for layer in writer.layers)
     logits = logits_in_fresh_process(out, tmp_path, imports="import posttrain")
     reference = loaded_logits(tmp_path / "source")

@@ -299,15 +299,16 @@ class Reader:
 
     def group_of(self, name: str, module: nn.Module) -> _Group | None:
         """The group that quantizes this module: exact names before patterns before classes."""
-        kind = type(module).__name__
-        if any(_matches(name, kind, target) for target in self.ignore):
+        if any(_matches(name, module, target) for target in self.ignore):
             return None
         ranked = sorted(
             (_rank(target), i)
             for i, group in enumerate(self.groups)
             for target in group.targets
-            if _matches(name, kind, target)
+            if _matches(name, module, target)
         )
+        if ranked and not only_multiplies(module):
+            raise NotExpressible(f"{name} is a {type(module).__name__}")
         return self.groups[ranked[0][1]] if ranked else None
 
 
@@ -480,10 +481,15 @@ def _rank(target: str) -> int:
     return 1 if target.startswith("re:") else 2 if target == "Linear" else 0
 
 
-def _matches(name: str, kind: str, target: str) -> bool:
+def _matches(name: str, module: nn.Module, target: str) -> bool:
     if target.startswith("re:"):
         return re.match(target[3:], name) is not None
-    return target in (name, kind)
+    return target == name or target in (kind.__name__ for kind in type(module).__mro__)
+
+
+def only_multiplies(module: nn.Module) -> bool:
+    """Whether a linear layer computes x W^T + b and nothing else (a router may do more)."""
+    return type(module).forward is nn.Linear.forward
 
 
 def _mapping(value: object, where: str) -> Mapping[str, Any]:

@@ -73,9 +73,9 @@ def _load(source: Source, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     elif method == compressed_tensors.METHOD:
         try:
             reader = compressed_tensors.Reader(config, f"{source.path}/config.json")
+            model = _load_compressed(source, reader, dtype)
         except compressed_tensors.NotExpressible:
             return _load_foreign(source, method, dtype)
-        model = _load_compressed(source, reader, dtype)
     else:
         return _load_foreign(source, method, dtype)
     return model, {"format": method, "implementation": QuantLinear.implementation}
@@ -125,8 +125,11 @@ def install(model: nn.Module, layers: Mapping[str, LayerPlan], where: str) -> No
             experts.quantize_parameter(parent, leaf, layer, targets[name].transposed)
             continue
         old = _submodule(model, name, name, where)
-        if not isinstance(old, nn.Linear):
-            raise UserError(f"{where}: {name} is a {type(old).__name__}, not a linear layer")
+        if not isinstance(old, nn.Linear) or not compressed_tensors.only_multiplies(old):
+            raise UserError(
+                f"{where}: {name} is a {type(old).__name__}, which QuantLinear cannot replace; "
+                "list it under 'ignore' when quantizing"
+            )
         new = QuantLinear.empty(
             old.out_features, old.in_features, layer, old.bias is not None, old.weight.dtype
         )
