@@ -105,16 +105,21 @@ def _fill_computed_buffers(model: nn.Module) -> None:
     visit(model, None)
 
 
+# Class attribute that lists what an architecture keeps in float32 -> the dtypes it guards against.
+KEPT_IN_FLOAT32 = {
+    "_keep_in_fp32_modules": (torch.float16,),
+    "_keep_in_fp32_modules_strict": (torch.float16, torch.bfloat16),
+}
+
+
 def _keep_float32(model: Any, dtype: torch.dtype) -> None:
-    """Retype the parameters that the architecture keeps in float32 whatever the model's dtype."""
-    plan: dict[str, torch.dtype] = {}
-    if hasattr(model, "_get_dtype_plan"):
-        plan = model._get_dtype_plan(dtype)
-    for pattern, wanted in plan.items():
-        found = re.compile(pattern.replace("*", r".*"))
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if found.search(name):
-                tensor.data = tensor.data.to(wanted)
+    """Retype the tensors that the architecture keeps in float32 whatever the model's dtype."""
+    for attribute, guarded in KEPT_IN_FLOAT32.items():
+        for pattern in (getattr(model, attribute, None) or ()) if dtype in guarded else ():
+            found = re.compile(pattern.replace("*", r".*"))
+            for name, tensor in model.state_dict(keep_vars=True).items():
+                if found.search(name):
+                    tensor.data = tensor.data.to(torch.float32)
 
 
 # --------------------------------------------------------------------------------------- blocks
