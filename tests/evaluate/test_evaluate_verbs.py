@@ -147,13 +147,14 @@ def test_names_are_loaded_and_their_folder_is_read(tiny, near, text, tmp_path):
         model.save_pretrained(tmp_path / name)
         model.tokenizer.save_pretrained(tmp_path / name)
     layers = [{"name": "model.layers.0.mlp.up_proj", "qsnr": 30.0}]
-    report = {"layers": layers, "recipe": "w6a8", "seconds": 1}
+    report = {"layers": layers, "recipe": {"name": "w6a8"}, "model": "demo", "seconds": 1}
     (tmp_path / "b" / "posttrain.json").write_text(json.dumps(report))
     names = [str(tmp_path / name) for name in "ab"]
     found = posttrain.compare(names, text=text, generations=False, **QUIET)
     loaded = compare([tiny, near], text=text, generations=False, **QUIET)
     assert found["models"][1]["layers"] == layers and found["models"][1]["recipe"] == "w6a8"
     assert "layers" not in found["models"][0]
+    assert "stored in 4 bits" in found["notes"][0]
     assert found["pairs"][0]["delta_nll"] == loaded["pairs"][0]["delta_nll"]
     assert found["command"].startswith(f"posttrain compare {names[0]} {names[1]} --text numbers")
 
