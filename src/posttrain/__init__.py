@@ -18,6 +18,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from posttrain.errors import UserError as UserError
+
 __version__ = "0.1.0"
 
 # Public name -> (module, function in it); the module is imported when the name is first used.
@@ -29,7 +31,7 @@ _VERBS = {
     "chat": ("posttrain.lm.chat", "chat"),
     "run": ("posttrain.recipe", "run"),
 }
-__all__ = ["__version__", "chat", "compare", "evaluate", "load", "quantize", "run"]
+__all__ = ["UserError", "__version__", "chat", "compare", "evaluate", "load", "quantize", "run"]
 
 if TYPE_CHECKING:
     from posttrain.evaluate import compare as compare

@@ -63,6 +63,15 @@ def set_resident(model: nn.Module, how: str) -> None:
 
 
 def _load(source: Source, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    try:
+        return _dispatch(source, dtype)
+    except UserError as error:
+        if str(source.path) in str(error):
+            raise
+        raise UserError(f"{source.path}: {error}") from error
+
+
+def _dispatch(source: Source, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     config = source.quantization_config
     if config is None:
         return _load_plain(source, dtype), {"format": "none", "implementation": "torch"}
