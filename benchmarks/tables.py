@@ -64,8 +64,11 @@ def table(where: str, columns: str, results: Path) -> str:
     if not isinstance(rows, list):
         raise TypeError(f"{where} is no list of rows")
     wanted = [_column(column) for column in columns.split(",")]
+    for key, _, _ in wanted:
+        if not any(key in row for row in rows):
+            raise KeyError(f"no row of {where} has {key!r}")
     lines = [[title for _, title, _ in wanted], ["---"] * len(wanted)]
-    lines += [[_cell(row[key], places) for key, _, places in wanted] for row in rows]
+    lines += [[_cell(row.get(key), places) for key, _, places in wanted] for row in rows]
     source = f"`results/{name}.json`, commit {result['commit'][:10]}, {_machine(result)}"
     body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return f"\n{body}\nFrom {source}.\n"

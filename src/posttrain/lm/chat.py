@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.lm.local import Messages, generate
-from posttrain.models.load import load
+from posttrain.models.load import load, set_resident
 
 Stream = Callable[[str], Any]
+
+MEMORY_SHARE = 0.5  # of the free memory that expanded weights may take
 
 
 class Conversation:
     """Chat messages with a loaded model; every question carries the history before it."""
 
     def __init__(self, model: str | Path, *, system: str | None = None) -> None:
-        self.model = load(model)
+        self.model = _open(model)
         self._system: Messages = [{"role": "system", "content": system}] if system else []
         self.reset()
 
@@ -32,6 +34,18 @@ class Conversation:
         answer = generate(self.model, self.model.tokenizer, asked, stream=stream, **sampling)
         self.messages = [*asked, {"role": "assistant", "content": answer}]
         return answer
+
+
+def _open(model: str | Path) -> Any:
+    """The model with its weights expanded where memory allows: expanding them again for every
+    token costs far more than the token itself."""
+    import psutil
+
+    loaded = load(model)
+    needed = loaded.posttrain["parameters"] * loaded.dtype.itemsize
+    if needed < MEMORY_SHARE * psutil.virtual_memory().available:
+        set_resident(loaded, "dequantized")
+    return loaded
 
 
 def chat(

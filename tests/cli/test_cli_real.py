@@ -1,0 +1,159 @@
+"""The verbs for real, on a tiny random model: fresh processes, files, interruptions."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from posttrain.cli import main
+
+RECIPE = """\
+name: trial
+stages:
+  - quantize: {{model: {model}, recipe: w8a8}}
+  - compare: {{models: [{model}, "{{out}}"], window: 32, max_tokens: {tokens}, text: text.txt}}
+  - chat: {{model: "{{out}}", prompt: hello, max_new_tokens: 4}}
+  - report: {{}}
+"""
+
+
+def posttrain(*words: object, **options) -> subprocess.CompletedProcess[str]:
+    """The command in a fresh process."""
+    command = [sys.executable, "-m", "posttrain", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """An empty current folder with a text to read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("All happy families are alike. " * 400)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_model, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("quantized") / "small"
+    ended = posttrain("quantize", tiny_model, "--recipe", "w6a8", "-o", out, "--json")
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout)
+    assert {
+        "out", "bits_per_weight", "bytes_quantized", "bytes_total", "seconds", "peak_rss_bytes",
+        "predicted_peak_bytes", "layers",
+    } <= result.keys()  # fmt: skip
+    assert result["out"] == str(out) and len(result["layers"]) == 3 * 7
+    return out
+
+
+def test_evaluate(quantized, folder):
+    words = ["evaluate", quantized, "--text", "text.txt", "--window", "64", "--max-tokens", "640"]
+    ended = posttrain(*words, "--records", "records.jsonl", "--json")
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout)
+    assert {"model", "nll", "perplexity", "tokens", "bits_per_weight", "bytes"} <= result.keys()
+    assert result["model"] == str(quantized)
+    assert result["tokens"] == 10 * 63
+    assert Path("records.jsonl").is_file()
+
+
+def test_compare(tiny_model, quantized, folder, posttrain_json):
+    words = ["--text", "text.txt", "--window", "64", "--max-tokens", "640", "--no-generations"]
+    status, result, _ = posttrain_json(
+        "compare", str(tiny_model), str(quantized), *words, "-o", "report.html"
+    )
+    assert status == 0
+    assert {"models", "pairs"} <= result.keys()
+    [pair] = result["pairs"]
+    assert {"a", "b", "delta_nll", "ci_low", "ci_high", "kl", "greedy_agreement"} <= pair.keys()
+    assert (pair["a"], pair["b"]) == (str(tiny_model), str(quantized))
+    assert pair["ci_low"] <= pair["delta_nll"] <= pair["ci_high"]
+    assert result["report"] == "report.html" and Path("report.html").stat().st_size > 1000
+
+
+def test_compare_in_words(tiny_model, quantized, folder, capsys):
+    words = ["--text", "text.txt", "--window", "64", "--max-tokens", "640", "--no-generations"]
+    assert main(["compare", str(tiny_model), str(quantized), *words]) == 0
+    out = capsys.readouterr().out
+    assert "95% interval" in out and "same next token" in out and str(quantized) in out
+
+
+def test_one_question(quantized, posttrain_json, capfd):
+    words = ["chat", str(quantized), "--prompt", "hello", "--max-new-tokens", "4"]
+    status, result, _ = posttrain_json(*words)
+    assert status == 0
+    assert result["prompt"] == "hello" and isinstance(result["answer"], str)
+    assert main(words) == 0
+    assert capfd.readouterr().out.strip() == result["answer"].strip()
+
+
+def test_a_conversation_carries_its_history(quantized, monkeypatch, capsys):
+    from posttrain.lm import chat
+
+    asked = []
+    monkeypatch.setattr(
+        chat, "generate", lambda m, t, messages, **_: asked.append(messages) or f"r{len(asked)}"
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n/reset\nthree\n/exit\nnever\n"))
+    assert main(["chat", str(quantized), "--system", "be brief"]) == 0
+    said = [[(m["role"], m["content"]) for m in messages] for messages in asked]
+    start = ("system", "be brief")
+    assert said == [
+        [start, ("user", "one")],
+        [start, ("user", "one"), ("assistant", "r1"), ("user", "two")],
+        [start, ("user", "three")],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["evaluate", "nowhere"], "nowhere"),
+        (["quantize", "nowhere.gguf", "-o", "out"], "nowhere.gguf"),
+        (["evaluate", "MODEL", "--text", "none.txt"], "none.txt"),
+        (["quantize", "MODEL", "-o", "out", "--recipe", "w6a9"], "did you mean 'w6a8'"),
+        (["quantize", "MODEL", "-o", "text.txt"], "text.txt"),
+        (["run", "dmeo"], "did you mean 'demo'"),
+        (["compare", "MODEL"], "two or more"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(words, says, tiny_model, folder, posttrain_json):
+    words = [str(tiny_model) if word == "MODEL" else word for word in words]
+    status, result, err = posttrain_json(*words)
+    assert status == 2
+    assert says in result["error"]
+    assert "Traceback" not in err
+
+
+def test_a_job_runs_and_then_has_nothing_to_do(tiny_model, folder, capsys):
+    Path("job.yaml").write_text(RECIPE.format(model=tiny_model, tokens=640))
+    assert main(["run", "job.yaml", "-o", "out"]) == 0
+    out = capsys.readouterr().out
+    for words in ("1-quantize", "bits per weight", "95% interval", "> hello", "out/report.html"):
+        assert words in out
+    assert Path("out/report.html").stat().st_size > 1000
+    before = {p: p.stat().st_mtime_ns for p in Path("out").rglob("*")}
+    assert main(["run", "job.yaml", "-o", "out"]) == 0
+    assert capsys.readouterr().out.count("(reused)") == 4
+    assert {p: p.stat().st_mtime_ns for p in Path("out").rglob("*")} == before
+
+
+def test_ctrl_c_says_how_to_go_on_and_the_next_run_does(tiny_model, folder):
+    Path("job.yaml").write_text(RECIPE.format(model=tiny_model, tokens=12000))
+    command = [sys.executable, "-m", "posttrain", "run", "job.yaml", "-o", "out", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("[2/4]"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "same command again" in json.loads(out)["error"]
+    assert "Traceback" not in err
+    ended = posttrain("run", "job.yaml", "-o", "out", "--json")
+    assert ended.returncode == 0, ended.stderr
+    assert [s["status"] for s in json.loads(ended.stdout)["stages"]] == ["reused"] + 3 * ["ran"]
