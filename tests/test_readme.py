@@ -8,6 +8,7 @@ Every `sh` and `python` block is preceded by a comment that says how it is teste
                               something of the reader's own, or take long
 """
 
+import json
 import os
 import re
 import shlex
@@ -138,6 +139,40 @@ def test_every_shipped_recipe_is_in_the_table():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for path in (ROOT / "src" / "posttrain" / "recipes").glob("*.yaml"):
         assert f"`{path.stem}`" in text or path.stem == "demo", path.stem
+
+
+def test_the_formats_in_the_table_are_those_that_are_written():
+    from posttrain.models.checkpoint import choose_format
+    from posttrain.quantize.recipe import load_recipe, shipped_recipes
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?`) \|.*\| (\S+) \|$", text, re.MULTILINE)
+    said = {name: written for names, written in rows for name in re.findall(r"`(\w+)`", names)}
+    shapes = {"model.layers.0.mlp.up_proj": (1536, 576)}
+    for name in shipped_recipes():
+        layers = load_recipe(name).plan.resolve(list(shapes))
+        assert choose_format(layers, shapes).name == said[name], name
+
+
+ROWS = [{"name": "a|b", "x": 0.12345, "n": 12345}, {"name": "c", "x": None, "n": 1, "extra": 2}]
+
+
+def test_a_table_comes_from_its_result(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    tables = import_module("tables")
+    page = "before\n<!-- table t.rows columns: name, x:title:2, n -->\nold\n<!-- end -->\nafter\n"
+    assert "Not measured yet" in tables.render(page, tmp_path)
+    machine = {"processor": "P", "cores": 2}
+    result = {"commit": "c" * 40, "machine": machine, "figures": {"rows": ROWS}}
+    (tmp_path / "t.json").write_text(json.dumps(result))
+    fresh = tables.render(page, tmp_path)
+    assert fresh == tables.render(fresh, tmp_path), "a second time changes nothing"
+    assert "old" not in fresh and fresh.startswith("before\n") and fresh.endswith("\nafter\n")
+    assert "| name | title | n |\n| --- | --- | --- |\n" in fresh
+    assert "| a\\|b | 0.12 | 12,345 |\n| c | - | 1 |\n" in fresh
+    assert "`results/t.json`, commit cccccccccc, P, 2 cores" in fresh
+    with pytest.raises(KeyError, match="nmae"):
+        tables.render(page.replace("columns: name", "columns: nmae"), tmp_path)
 
 
 def test_tables_are_those_of_the_results():
