@@ -161,6 +161,7 @@ def test_names_are_loaded_and_their_folder_is_read(tiny, near, text, tmp_path):
 
 def test_only_the_given_text_counts(tiny, near, text):
     short = compare([tiny, near], text=text, max_tokens=96, generations=False, **QUIET)
+    assert short["generations"] == []
     assert short["text"]["tokens"] == 96 and short["models"][0]["tokens"] == 3 * 31
 
 

@@ -42,7 +42,7 @@ def bootstrap_mean(
     tokens of a window, and their number. The same windows are drawn for every column, and for
     every call with the same seed and number of windows: intervals of paired data are paired.
     """
-    sums, counts = np.float64(sums), np.float64(counts)
+    sums, counts = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
     means = sums.sum(0) / counts.sum(0)
     if len(sums) < 2:
         return [Interval(float(mean), math.nan, math.nan) for mean in means]

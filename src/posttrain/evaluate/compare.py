@@ -138,7 +138,7 @@ class _Comparison:
                 "seed": self.seed,
             },
             "position_nll": position_nll(self._named_scores(), self.windows, self.seed),
-            "generations": side_by_side(self.answers),
+            "generations": side_by_side(self.answers) if self.answers else [],
             "notes": self.notes,
             "created": provenance.created(),
             "machine": provenance.machine(),
@@ -174,7 +174,7 @@ class _Comparison:
 
 def _from_report(report: dict[str, Any]) -> dict[str, Any]:
     """What ``quantize`` wrote beside the checkpoint, as far as a comparison shows it."""
-    found = {key: report[key] for key in ("layers", "recipe") if key in report}
+    found: dict[str, Any] = {key: report[key] for key in ("layers", "recipe") if key in report}
     if isinstance(found.get("recipe"), dict):  # the whole recipe; its name is enough here
         found["recipe"] = found["recipe"].get("name")
     return found

@@ -16,7 +16,9 @@ OVERLAP_BINS = 8  # of position, where windows overlap
 def pair(a: str, b: str, reference: Scores, other: Scores, seed: int = 0) -> dict[str, Any]:
     """``b`` against ``a`` on the same tokens. ``delta_nll`` is NLL of b minus NLL of a, in nats
     per token: positive means that b predicts the text worse."""
-    measured = [other.nll.double() - reference.nll.double(), other.kl, other.agree]
+    parts = other.parts()
+    difference = parts["nll"].double() - reference.nll.double()
+    measured = [difference, parts["kl"], parts["agree"]]
     delta, kl, agreement = mean_over_windows(measured, seed=seed)
     return {
         "a": a,

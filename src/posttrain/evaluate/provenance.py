@@ -30,9 +30,8 @@ DEMO_NOTE = (
 
 def notes(subjects: Sequence[Subject], reports: Sequence[dict[str, Any]]) -> list[str]:
     """Caveats about the models themselves."""
-    origins = {subject.name for subject in subjects}
-    origins |= {report.get(key) for report in reports for key in ("model", "source")
-                if isinstance(report.get(key), str)}  # fmt: skip
+    origins: set[Any] = {subject.name for subject in subjects}
+    origins |= {str(report.get(key)) for report in reports for key in ("model", "source")}
     return [DEMO_NOTE] if "demo" in origins else []
 
 

@@ -101,7 +101,7 @@ def _pack_arrays(rows: Iterator[Row]) -> bytes:
         arrays[key] = np.concatenate([np.array(v, dtype) for v in values])
         arrays[f"{key}_lengths"] = np.array([len(v) for v in values], np.int64)
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type]
     return buffer.getvalue()
 
 

@@ -7,7 +7,7 @@ loaded at a time and the reference's top-k log-probabilities wait in a temporary
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +100,8 @@ def score_in_turn(
     return scores
 
 
-def _write_targets(path: Path, targets: list[Target]) -> None:
+def _write_targets(path: Path, targets: Sequence[Any]) -> None:
+    """``targets`` are all TopTarget."""
     from safetensors.torch import save_file
 
     tensors = {}

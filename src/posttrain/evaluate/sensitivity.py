@@ -48,7 +48,7 @@ def block_sensitivity(
         scorer = Scorer(reference, f"block {name}", windows, against=True)
         with _swapped(reference, swaps | {name: changed[name]}):
             scorer(batch, targets)
-        found.append({"block": name, "kl": float(scorer.scores().kl.double().mean())})
+        found.append({"block": name, "kl": float(scorer.scores().parts()["kl"].double().mean())})
     return found
 
 

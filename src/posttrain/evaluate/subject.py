@@ -121,7 +121,7 @@ def implementation(model: torch.nn.Module) -> str:
     return ", ".join(sorted(name for name in names if isinstance(name, str))) or "torch"
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
