@@ -11,7 +11,7 @@ import torch
 from posttrain.models.checkpoint import CheckpointWriter
 from posttrain.models.experts import stored_shape
 from posttrain.models.plan import Plan
-from posttrain.models.source import open_source
+from posttrain.models.source import Source, open_source
 from posttrain.models.walk import decoder_blocks, quantizable, skeleton
 from posttrain.numbers import quantize
 
@@ -51,9 +51,11 @@ def save_llama(folder: Path, dtype: str = "float32", seed: int = 0, **changes: A
     return folder
 
 
-def writer_for(model: str | Path, out: Path, plan: Plan) -> tuple[CheckpointWriter, dict[str, Any]]:
+def writer_for(
+    model: str | Path | Source, out: Path, plan: Plan
+) -> tuple[CheckpointWriter, dict[int, Any]]:
     """A writer, and the tensors of each of its shards."""
-    source = open_source(model)
+    source = model if isinstance(model, Source) else open_source(model)
     blocks = decoder_blocks(skeleton(source.config))
     targets = {k: t for name, block in blocks for k, t in quantizable(name, block).items()}
     layers = plan.resolve(targets)
