@@ -259,6 +259,13 @@ def test_matrices_kept_in_16_bits_are_computed_in_float32(written):
     assert torch.equal(loaded_logits(writer.out_dir), logits)
 
 
+def test_modules_that_their_reader_rebuilds_get_our_format(tmp_path):
+    save_tiny("llama4", tmp_path / "source")
+    plan = rules("int6 | fp16/g16", None, ("*.experts.*", "*.router"))
+    writer, _ = writer_for(tmp_path / "source", tmp_path / "out", plan)
+    assert writer.format.name == "posttrain" and "feed_forward.experts" in writer.format.reason
+
+
 # --------------------------------------------------------------------------- the writer
 
 

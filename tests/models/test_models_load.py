@@ -16,11 +16,13 @@ from torch import nn
 
 import posttrain
 from posttrain.errors import UserError
+from posttrain.models import compressed_tensors
 from posttrain.models.checkpoint import write_json
 from posttrain.models.linear import QuantLinear
 from posttrain.models.load import load, model_size
+from posttrain.models.plan import LayerPlan
 from posttrain.models.source import open_source
-from posttrain.numbers import spec
+from posttrain.numbers import quantize, spec
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
 UP = "model.layers.0.mlp.up_proj"
@@ -206,6 +208,35 @@ def test_what_our_layers_cannot_compute_is_handed_to_transformers(tmp_path, base
     assert logits(model).isfinite().all()
 
 
+def test_experts_stored_one_by_one_are_handed_to_transformers(tmp_path):
+    """As other tools write them: every expert a module of its own."""
+    ct = pytest.importorskip("compressed_tensors.quantization")
+    save_tiny("mixtral", tmp_path / "source")
+    scheme = ct.QuantizationScheme(
+        targets=["Linear"],
+        weights=ct.QuantizationArgs(num_bits=8, strategy="group", group_size=16),
+        format="pack-quantized",
+    )
+    layer = LayerPlan(spec("int8 | fp32/g16"))
+    stored = load_file(tmp_path / "source" / "model.safetensors")
+    tensors = {}
+    for name, tensor in stored.items():
+        if ".experts." in name or "_proj" in name:
+            q = quantize(tensor, layer.weight)
+            tensors |= compressed_tensors.store(name.removesuffix(".weight"), q, layer)
+        else:
+            tensors[name] = tensor
+    quantization = ct.QuantizationConfig(
+        config_groups={"group_0": scheme}, ignore=["lm_head", "re:.*gate$"],
+        format="pack-quantized", quantization_status="compressed",
+    ).to_dict()  # fmt: skip
+    save_checkpoint(tmp_path / "q", tmp_path / "source", tensors, quantization)
+    model = load(tmp_path / "q")
+    assert model.posttrain["implementation"] == "transformers"
+    reference = logits(load(tmp_path / "source"))
+    assert (logits(model) - reference).norm() < 0.1 * reference.norm()
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
 def test_other_tools_checkpoints_need_their_package(tmp_path, base, method):
     shutil.copytree(base, tmp_path / "q")
@@ -350,6 +381,7 @@ def test_broken_tensors_of_theirs(tmp_path, theirs, change, message):
 MEASURE = """
 import sys
 from posttrain.models.load import load
+from posttrain.models.plan import LayerPlan
 from posttrain.models.source import open_source
 from posttrain.models.walk import skeleton
 def peak():

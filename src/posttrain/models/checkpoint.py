@@ -85,7 +85,8 @@ class CheckpointWriter:
         self.layers = dict(layers)
         self.shapes = dict(shapes)
         self.n_shards = n_shards
-        self.format = choose_format(self.layers, self.shapes)
+        self._model = skeleton(source.config)
+        self.format = self._choose_format()
         self._store: Callable[..., dict[str, torch.Tensor]] = _SCHEMAS[self.format.name].store
         if self.out_dir.resolve() == Path(source.path).resolve():
             raise UserError(f"{out_dir}: writing the result over its own source would destroy it")
@@ -152,11 +153,17 @@ class CheckpointWriter:
         for stale in ("quantization_config", "torch_dtype", "_name_or_path"):
             config.pop(stale, None)
         config["dtype"] = str(self.format.dtype or self.source.config.dtype).removeprefix("torch.")
-        model = skeleton(self.source.config)
-        config["architectures"] = [type(model).__name__]
+        config["architectures"] = [type(self._model).__name__]
         schema = _SCHEMAS[self.format.name]
-        config["quantization_config"] = schema.config(self.layers, self.shapes, model)
+        config["quantization_config"] = schema.config(self.layers, self.shapes, self._model)
         return config
+
+    def _choose_format(self) -> Format:
+        found = choose_format(self.layers, self.shapes)
+        rebuilt = compressed_tensors.rebuilt_by_its_reader(self._model)
+        if found.name == compressed_tensors.METHOD and rebuilt:
+            return Format("posttrain", f"the reader of compressed-tensors rebuilds {rebuilt[0]}")
+        return found
 
     def _begin(self) -> None:
         """Claim the directory before the first shard; an older config.json must not outlive it."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import UserError, did_you_mean
-from posttrain.models import compressed_tensors, experts, native
+from posttrain.models import compressed_reader, compressed_tensors, experts, native
 from posttrain.models.base import Source
 from posttrain.models.checkpoint import check_finished
 from posttrain.models.linear import QuantLinear, check_resident
@@ -81,7 +81,7 @@ def _dispatch(source: Source, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         model = _load_native(source, layers, dtype)
     elif method == compressed_tensors.METHOD:
         try:
-            reader = compressed_tensors.Reader(config, f"{source.path}/config.json")
+            reader = compressed_reader.Reader(config, f"{source.path}/config.json")
             model = _load_compressed(source, reader, dtype)
         except compressed_tensors.NotExpressible:
             return _load_foreign(source, method, dtype)
@@ -134,7 +134,7 @@ def install(model: nn.Module, layers: Mapping[str, LayerPlan], where: str) -> No
             experts.quantize_parameter(parent, leaf, layer, targets[name].transposed)
             continue
         old = _submodule(model, name, name, where)
-        if not isinstance(old, nn.Linear) or not compressed_tensors.only_multiplies(old):
+        if not isinstance(old, nn.Linear) or not compressed_reader.only_multiplies(old):
             raise UserError(
                 f"{where}: {name} is a {type(old).__name__}, which QuantLinear cannot replace; "
                 "list it under 'ignore' when quantizing"
@@ -211,8 +211,9 @@ def _fill_buffer(model: nn.Module, name: str, tensor: Tensor, source: Source) ->
 # ------------------------------------------------------------------------------ compressed-tensors
 
 
-def _load_compressed(source: Source, reader: compressed_tensors.Reader, dtype: torch.dtype) -> Any:
+def _load_compressed(source: Source, reader: compressed_reader.Reader, dtype: torch.dtype) -> Any:
     model = _skeleton(source, dtype)
+    reader.check_names(source.tensor_names())
     grouped = {
         name: group
         for name, module in model.named_modules()
@@ -231,7 +232,7 @@ def _replace(
     model: nn.Module,
     name: str,
     tensors: Mapping[str, Tensor],
-    group: Any,
+    group: compressed_reader.Group,
     source: Source,
     dtype: torch.dtype,
 ) -> None:
@@ -240,7 +241,7 @@ def _replace(
     local = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items()}
     where = f"{source.path}: {name}"
     shape = (old.out_features, old.in_features)
-    layer, weight = compressed_tensors.read_module(where, local, group, shape, dtype)
+    layer, weight = compressed_reader.read_module(where, local, group, shape, dtype)
     bias = local.pop("bias", None)
     if (bias is None) != (old.bias is None) or local:
         wrong = shorten([f"{name}.{key}" for key in local]) if local else f"{name}.bias"
