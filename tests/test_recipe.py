@@ -1,6 +1,8 @@
 """Recipes of whole jobs: what is done, what is skipped, and how mistakes are named."""
 
 import json
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -110,6 +112,17 @@ def test_a_second_run_reuses_everything_and_says_the_same():
     assert called() == []
     assert statuses(second) == ["reused"] * 3
     assert [s["result"] for s in first["stages"]] == [s["result"] for s in second["stages"]]
+
+
+def test_results_are_json_whether_a_stage_ran_or_was_reused(monkeypatch):
+    odd = {"low": math.nan, "high": math.inf, "pair": (1, 2.5), "path": Path("a/b"), "by": {1: "x"}}
+    monkeypatch.setattr(f"{__name__}.measure", lambda models, *, text=None: odd)
+    first, second = run("trial.yaml", progress=False), run("trial.yaml", progress=False)
+    wanted = {"low": None, "high": None, "pair": [1, 2.5], "path": "a/b", "by": {"1": "x"}}
+    assert first["stages"][1]["result"] == second["stages"][1]["result"] == wanted
+    assert not {"NaN", "Infinity"} & set(
+        re.findall(r"\w+", Path("build/trial/run.json").read_text())
+    )
 
 
 # What is done to the folder after a run -> the stages that have to run again.

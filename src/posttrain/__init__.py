@@ -5,7 +5,7 @@ Every verb of the command line is a function here with the same name and the sam
     import posttrain
 
     posttrain.quantize("demo", recipe="w6a8", out="small")
-    posttrain.compare(["demo", "small"])
+    posttrain.compare(["demo", "small"], out="report.html")
     model = posttrain.load("small")
 
 Nothing heavy is imported until one of them is used.
@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 _VERBS = {
     "quantize": ("posttrain.quantize", "quantize"),
     "evaluate": ("posttrain.evaluate", "evaluate"),
-    "compare": ("posttrain.evaluate", "compare"),
+    "compare": ("posttrain.report.verb", "compare"),
     "load": ("posttrain.models.load", "load"),
     "chat": ("posttrain.lm.chat", "chat"),
     "run": ("posttrain.recipe", "run"),
@@ -34,12 +34,12 @@ _VERBS = {
 __all__ = ["UserError", "__version__", "chat", "compare", "evaluate", "load", "quantize", "run"]
 
 if TYPE_CHECKING:
-    from posttrain.evaluate import compare as compare
     from posttrain.evaluate import evaluate as evaluate
     from posttrain.lm.chat import chat as chat
     from posttrain.models.load import load as load
     from posttrain.quantize import quantize as quantize
     from posttrain.recipe import run as run
+    from posttrain.report.verb import compare as compare
 
 
 class _VerbPackage(ModuleType):

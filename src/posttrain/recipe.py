@@ -77,7 +77,7 @@ STAGES: dict[str, Kind] = {
     ),
     "evaluate": Kind("posttrain.evaluate:evaluate", reads=("model", "text"), writes=("records",)),
     "compare": Kind(
-        "posttrain.evaluate:compare", reads=("models", "text"), writes=("out", "records")
+        "posttrain.report.verb:compare", reads=("models", "text"), writes=("out", "records")
     ),
     "chat": Kind("posttrain.lm.chat:chat", reads=("model",)),
     "report": Kind(
@@ -407,7 +407,8 @@ def _run_stage(
         "fingerprint": fingerprint,
         "seconds": time.monotonic() - started,
         "files": _digests(stage, foreign),
-        "result": result,
+        # As a second run reads it: NaN and infinities, which JSON lacks, are null.
+        "result": json.loads(json.dumps(result, default=str), parse_constant=lambda _: None),
     }
 
 
@@ -492,7 +493,7 @@ class _State:
         self.entries[stage.name] = entry
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
-        text = json.dumps({"posttrain": __version__, "stages": self.entries}, indent=1, default=str)
+        text = json.dumps({"posttrain": __version__, "stages": self.entries}, indent=1)
         temporary.write_text(text + "\n", encoding="utf-8")
         temporary.replace(self.path)
 

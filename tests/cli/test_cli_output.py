@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ LINES = {
     "run": ["run", "demo"],
 }
 # The keys that other programs rely on; they keep their names for ever.
+NO_INTERVAL = {"ci_low": None, "ci_high": None}
 EVALUATE_KEYS = {"model", "nll", "perplexity", "tokens", "bits_per_weight", "bytes"}
 
 
@@ -60,6 +62,13 @@ def test_json_has_no_nan(fakes, posttrain_json):
     fakes.replace("evaluate", lambda **_: {"nll": math.nan, "perplexity": math.inf, "tokens": 0})
     _, result, _ = posttrain_json("evaluate", "m")
     assert result == {"nll": None, "perplexity": None, "tokens": 0}
+
+
+def test_no_interval_is_a_dash(fakes, capsys):
+    pair = {"a": "m", "b": "n", "delta_nll": 0.01, "kl": 0.003, "greedy_agreement": 0.97}
+    fakes.replace("compare", lambda **_: {"models": [], "pairs": [pair | NO_INTERVAL]})
+    assert main(["compare", "m", "n"]) == 0
+    assert re.search(r"^n +m +\+0\.0100 +- +0\.0030 +97\.0%$", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -15,7 +15,9 @@ RECIPE = """\
 name: trial
 stages:
   - quantize: {{model: {model}, recipe: w8a8}}
-  - compare: {{models: [{model}, "{{out}}"], window: 32, max_tokens: {tokens}, text: text.txt}}
+  - compare:
+      {{models: [{model}, "{{out}}"], window: 32, max_tokens: {tokens}, text: text.txt,
+        out: "{{out}}/compared.html"}}
   - chat: {{model: "{{out}}", prompt: hello, max_new_tokens: 4}}
   - report: {{}}
 """
@@ -72,6 +74,19 @@ def test_compare(tiny_model, quantized, folder, posttrain_json):
     assert (pair["a"], pair["b"]) == (str(tiny_model), str(quantized))
     assert pair["ci_low"] <= pair["delta_nll"] <= pair["ci_high"]
     assert result["report"] == "report.html" and Path("report.html").stat().st_size > 1000
+
+
+def test_one_window_is_compared_without_an_interval(tiny_model, quantized, folder, posttrain_json):
+    words = ["--text", "text.txt", "--window", "64", "--max-tokens", "64", "--no-generations"]
+    status, result, _ = posttrain_json(
+        "compare", str(tiny_model), str(quantized), *words, "--out", "report.html"
+    )
+    assert status == 0
+    [pair] = result["pairs"]
+    assert isinstance(pair["delta_nll"], float) and pair["ci_low"] is pair["ci_high"] is None
+    page = Path("report.html").read_text()
+    assert "too little text for an interval" in page and "intervals" not in page.split("<h2>")[2]
+    assert "--out report.html" in page
 
 
 def test_compare_in_words(tiny_model, quantized, folder, capsys):
@@ -134,7 +149,8 @@ def test_a_job_runs_and_then_has_nothing_to_do(tiny_model, folder, capsys):
     out = capsys.readouterr().out
     for words in ("1-quantize", "bits per weight", "95% interval", "> hello", "out/report.html"):
         assert words in out
-    assert Path("out/report.html").stat().st_size > 1000
+    for page in ("out/report.html", "out/compared.html"):
+        assert Path(page).stat().st_size > 1000
     before = {p: p.stat().st_mtime_ns for p in Path("out").rglob("*")}
     assert main(["run", "job.yaml", "-o", "out"]) == 0
     assert capsys.readouterr().out.count("(reused)") == 4

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shlex
 import sys
 
 import numpy as np
@@ -166,8 +167,30 @@ def test_only_the_given_text_counts(tiny, near, text):
 
 
 def test_one_window_has_no_interval_but_a_number(tiny, near, text):
-    (found,) = compare([tiny, near], text=text, max_tokens=32, generations=False, **QUIET)["pairs"]
-    assert math.isfinite(found["delta_nll"]) and math.isnan(found["ci_low"])
+    found = compare([tiny, near], text=text, max_tokens=32, generations=False, **QUIET)
+    (pair,) = found["pairs"]
+    assert math.isfinite(pair["delta_nll"]) and math.isfinite(pair["kl"])
+    bounds = [pair[key] for key in ("ci_low", "ci_high", "kl_ci_low", "kl_ci_high")]
+    bounds += [found["models"][0][key] for key in ("nll_ci_low", "nll_ci_high")]
+    bounds += found["position_nll"]["models"][tiny.name_or_path]["low"]
+    assert set(bounds) == {None}
+    json.dumps(found, allow_nan=False)
+    json.dumps(evaluate(tiny, text=text, max_tokens=32, **QUIET), allow_nan=False)
+
+
+def test_the_command_says_what_was_measured(tiny, near, text, tmp_path):
+    for model, name in ((tiny, "a"), (near, "b")):
+        model.save_pretrained(tmp_path / name)
+        model.tokenizer.save_pretrained(tmp_path / name)
+    names = [str(tmp_path / name) for name in "ab"]
+    options = {"text": text, "kl": "topk", "top_k": 7, "seed": 3, "generations": False} | QUIET
+    said = shlex.split(compare(names, **options)["command"])
+    assert said[:4] == ["posttrain", "compare", *names]
+    for option in ("--window 32", "--kl topk", "--top-k 7", "--seed 3", "--no-generations"):
+        assert option in " ".join(said)
+    plain = compare(names, text=text, **QUIET)["command"]
+    for option in ("--top-k", "--seed", "--no-generations", "--chat", "--sensitivity"):
+        assert option not in plain
 
 
 def test_other_tokenizers_cannot_be_paired(tiny, text):

@@ -10,7 +10,6 @@ examples:
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from posttrain.cli.arguments import (
@@ -65,14 +64,7 @@ def arguments(parser: Parser) -> None:
 def call(args: argparse.Namespace) -> dict[str, Any]:
     import posttrain
 
-    given = options(args)
-    out = given.pop("out")
-    result: dict[str, Any] = posttrain.compare(**given)
-    if out is not None:
-        from posttrain.report import render_report
-
-        result["report"] = str(render_report(result, Path(out)))
-    return result
+    return posttrain.compare(**options(args))
 
 
 def show(result: dict[str, Any]) -> str:
@@ -107,13 +99,19 @@ def pairs_table(pairs: list[dict[str, Any]]) -> str:
             str(p["b"]),
             str(p["a"]),
             number(p["delta_nll"], 4, sign=True),
-            f"{number(p['ci_low'], 4, sign=True)} .. {number(p['ci_high'], 4, sign=True)}",
+            interval(p["ci_low"], p["ci_high"]),
             number(p["kl"]),
             percent(p["greedy_agreement"]),
         )
         for p in pairs
     ]
     return table([header, *rows])
+
+
+def interval(low: Any, high: Any) -> str:
+    """A single window of text gives none."""
+    ends = [number(end, 4, sign=True) for end in (low, high)]
+    return "-" if "-" in ends else " .. ".join(ends)
 
 
 def percent(share: Any) -> str:

@@ -21,11 +21,11 @@ _NORMAL = NormalDist()
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the bounds of its confidence interval; NaN bounds with fewer than 2 windows."""
+    """A mean and the bounds of its confidence interval; None with fewer than 2 windows."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 def bootstrap_mean(
@@ -45,7 +45,7 @@ def bootstrap_mean(
     sums, counts = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
     means = sums.sum(0) / counts.sum(0)
     if len(sums) < 2:
-        return [Interval(float(mean), math.nan, math.nan) for mean in means]
+        return [Interval(float(mean), None, None) for mean in means]
     drawn = _resampled_means(sums, counts, resamples, np.random.default_rng(seed))
     skews = _acceleration(sums, counts)
     tail = _expanded_tail((1 - confidence) / 2, len(sums))

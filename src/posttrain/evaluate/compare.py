@@ -43,14 +43,14 @@ def compare(
     Arguments are those of ``evaluate``; ``kl`` is "full" or "topk" (the reference's ``top_k``
     likeliest tokens and the rest as one bucket). Models run in lockstep if they fit in memory
     together, else one after another with ``kl="topk"``: ``mode`` and ``notes`` in the result say
-    which. ``posttrain.report.render_report`` makes a page of the result.
+    which. ``posttrain.compare`` is this and, with ``out``, the page of the result.
 
     Result: ``models`` (each as ``evaluate`` gives it, with ``layers`` and ``recipe`` where the
     model's folder has them, and ``block_sensitivity`` where asked for) and ``pairs`` of ``a``
     (the reference), ``b``, ``delta_nll`` = NLL of b minus NLL of a (positive: b is worse),
-    ``ci_low`` and ``ci_high`` (its 95% bootstrap interval over windows, BCa; NaN for a single
-    window), ``kl`` = KL(a || b) in nats per token with its interval, and ``greedy_agreement``
-    (share of positions with the same likeliest token). Further: ``text``, ``mode``, ``kl``,
+    ``ci_low`` and ``ci_high`` (its 95% bootstrap interval over windows, BCa; None for a
+    single window), ``kl`` = KL(a || b) in nats per token with its interval, and
+    ``greedy_agreement`` (share of positions with the same likeliest token). Further: ``text``, ``mode``, ``kl``,
     ``bootstrap``, ``position_nll`` (loss by position in the window), ``generations``, ``notes``,
     ``created``, ``machine``, ``command`` and, where asked for, ``records``.
     """
@@ -63,7 +63,13 @@ def compare(
     result = comparison.result()
     if sensitivity:
         comparison.add_sensitivity(result)
-    extra = {"kl": kl, "top-k": top_k if kl == "topk" else None, "sensitivity": sensitivity}
+    extra = {
+        "kl": kl,
+        "top-k": top_k if kl == "topk" else None,
+        "sensitivity": sensitivity,
+        "no-generations": not generations,
+        "seed": seed or None,
+    }
     result["command"] = provenance.command(comparison.subjects, options, extra)
     if records is not None:
         result["records"] = str(comparison.write_records(records))

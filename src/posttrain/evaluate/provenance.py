@@ -60,6 +60,7 @@ def command(subjects: Sequence[Subject], options: Options, extra: dict[str, Any]
         "window": options.window,
         "stride": options.stride,
         "max-tokens": options.max_tokens,
+        "chat": options.chat,
         "dtype": subjects[0].dtype,
         **extra,
     }

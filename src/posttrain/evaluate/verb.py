@@ -41,7 +41,7 @@ def evaluate(
 
     The result holds ``model``, ``nll`` (nats per scored token), ``perplexity``, ``tokens``
     (scored), ``bits_per_weight``, ``bytes``, and: ``nll_ci_low``/``nll_ci_high`` (95% bootstrap
-    interval over windows; NaN for a single window), ``window``, ``stride``, ``windows``, ``bos``,
+    interval over windows; None for a single window), ``window``, ``stride``, ``windows``, ``bos``,
     ``window_nll`` (mean of each window), ``text`` (``name``, ``sha256``, ``tokens`` covered),
     ``dtype``, ``implementation``, ``seconds`` (of scoring), ``tokens_per_second`` (scored).
     Raises UserError for whatever the user can mend.

@@ -155,6 +155,10 @@ class Curve:
     low: tuple[float | None, ...] = ()
     high: tuple[float | None, ...] = ()
 
+    @property
+    def banded(self) -> bool:
+        return all(any(end is not None for end in ends) for ends in (self.low, self.high))
+
 
 @dataclass(frozen=True)
 class Bins:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,36 @@ def render_report(data: Mapping[str, Any], out: str | Path) -> Path:
     naming the field where a required one is missing, or the path that cannot be written.
     """
     page = build_page(data).encode("utf-8")
-    out = Path(out)
+    out = check_path(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(page)
     except OSError as error:
-        raise UserError(f"report: cannot write {out}: {error.strerror or error}") from error
+        raise _cannot_write(out, error) from error
     return out
+
+
+def check_path(out: str | Path) -> Path:
+    """The path of a page that is to be written; makes its folder.
+
+    Raises UserError where no file can be written: a comparison can take hours, and its page is
+    the last thing it makes.
+    """
+    out = Path(out)
+    if os.path.isdir(out):
+        raise UserError(f"report: {out} is a folder; name a file, such as {out / 'report.html'}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        new = not out.exists()
+        out.open("ab").close()  # only opening it tells; an older page stays as it is
+        if new:
+            out.unlink()
+    except OSError as error:
+        raise _cannot_write(out, error) from error
+    return out
+
+
+def _cannot_write(out: Path, error: OSError) -> UserError:
+    return UserError(f"report: cannot write {out}: {error.strerror or error}")
 
 
 def build_page(data: Mapping[str, Any]) -> str:

@@ -244,7 +244,7 @@ def position(report: Report) -> Child:
 
 def _bands(curves: Sequence[charts.Curve]) -> str:
     """What the caption says of bands: nothing, of one curve, or of all."""
-    banded = [curve.name for curve in curves if curve.low and curve.high]
+    banded = [curve.name for curve in curves if curve.banded]
     if not banded:
         return ""
     if len(banded) == len(curves):
