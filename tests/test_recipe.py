@@ -344,5 +344,9 @@ def test_the_report_of_a_run_holds_its_comparison_and_its_answers(monkeypatch, t
     assert seen["models"] == [{"model": "a"}]
     assert seen["generations"] == [{"prompt": "p"}, {"prompt": "q", "outputs": {"b": "r"}}]
     assert "generations" in compared and len(compared["generations"]) == 1  # not changed in place
+    alone = {"model": "a", "text": {"name": "t"}, "notes": ["coarse"]}
+    module.report([{"stage": "evaluate", "result": alone}], out=tmp_path / "r.html")
+    assert seen["models"] == [alone] and seen["pairs"] == []
+    assert (seen["text"], seen["notes"]) == ({"name": "t"}, ["coarse"])
     with pytest.raises(UserError, match="nothing to report"):
         module.report(results[:1], out=tmp_path / "r.html")

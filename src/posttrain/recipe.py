@@ -187,7 +187,7 @@ def report(
         raise UserError("nothing to report: put a compare or evaluate stage before it")
     data = dict(measured[-1])
     if "models" not in data:
-        data = {"models": [data], "pairs": []}
+        data = {"models": [data], "pairs": [], "text": data.get("text"), "notes": data.get("notes")}
     chats = [r["result"] for r in results if r["stage"] == "chat"]
     data["generations"] = [*(data.get("generations") or []), *map(_generation, chats)]
     if title is not None:

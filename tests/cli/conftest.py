@@ -49,6 +49,12 @@ RESULTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture
+def results() -> dict[str, dict[str, Any]]:
+    """What each stand-in answers."""
+    return RESULTS
+
+
 class Fakes:
     """Stand-ins for the public functions: `calls` keeps what they got."""
 

@@ -64,11 +64,35 @@ def test_json_has_no_nan(fakes, posttrain_json):
     assert result == {"nll": None, "perplexity": None, "tokens": 0}
 
 
+@pytest.mark.parametrize("verb", ["quantize", "evaluate", "compare"])
+def test_notes_are_told_to_people_too(verb, fakes, results, capsys):
+    note = "demo: most of the weights come from a 4-bit grid, so 4-bit results on it flatter " * 2
+    fakes.replace(verb, lambda **_: {**results[verb], "notes": [note.strip(), "b: c"]})
+    assert main(LINES[verb]) == 0
+    out = capsys.readouterr().out
+    assert " ".join(out.split()).endswith(f"note: {note.strip()} note: b: c")
+    assert max(map(len, out.splitlines())) <= 96
+
+
+def test_a_job_says_each_note_once(fakes, results, capsys):
+    def stage(verb, notes):
+        result = {**results[verb], "notes": notes}
+        return {"name": f"1-{verb}", "stage": verb, "status": "ran", "seconds": 1, "result": result}
+
+    stages = [stage("quantize", ["coarse"]), stage("compare", ["m: coarse", "m: other"])]
+    fakes.replace("run", lambda **_: {**results["run"], "stages": stages})
+    assert main(["run", "demo"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("note: ") == 2 and out.count("coarse") == out.count("m: other") == 1
+
+
 def test_no_interval_is_a_dash(fakes, capsys):
     pair = {"a": "m", "b": "n", "delta_nll": 0.01, "kl": 0.003, "greedy_agreement": 0.97}
     fakes.replace("compare", lambda **_: {"models": [], "pairs": [pair | NO_INTERVAL]})
     assert main(["compare", "m", "n"]) == 0
-    assert re.search(r"^n +m +\+0\.0100 +- +0\.0030 +97\.0%$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(
+        r"^n +m +\+0\.0100 +- +0\.0030 +97\.0%$", capsys.readouterr().out, re.MULTILINE
+    )
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -16,6 +16,7 @@ from posttrain.errors import UserError
 from posttrain.evaluate import compare, evaluate, read_records
 from posttrain.evaluate.pairing import position_edges
 
+SIZE = {"bits_per_weight": 8.0, "bytes": 1000}
 QUIET = {"window": 32, "progress": False}
 EVALUATE_KEYS = {"model", "nll", "perplexity", "tokens", "bits_per_weight", "bytes"}
 PAIR_KEYS = {"a", "b", "delta_nll", "ci_low", "ci_high", "kl", "greedy_agreement"}
@@ -41,8 +42,8 @@ def test_evaluate_has_the_keys_of_the_interface(tiny, text):
 def test_compare_says_of_each_model_what_evaluate_says(tiny, near, text, compared):
     for model, entry in zip((tiny, near), compared["models"], strict=True):
         alone = evaluate(model, text=text, **QUIET)
-        timed = {"seconds", "tokens_per_second", "text"}
-        for key in alone.keys() - timed:
+        timed = {"seconds", "tokens_per_second"}
+        for key in alone.keys() - timed - {"text", "notes"}:  # which are common to all models
             assert entry[key] == pytest.approx(alone[key]), key
 
 
@@ -148,16 +149,27 @@ def test_names_are_loaded_and_their_folder_is_read(tiny, near, text, tmp_path):
         model.save_pretrained(tmp_path / name)
         model.tokenizer.save_pretrained(tmp_path / name)
     layers = [{"name": "model.layers.0.mlp.up_proj", "qsnr": 30.0}]
-    report = {"layers": layers, "recipe": {"name": "w6a8"}, "model": "demo", "seconds": 1}
+    report = {"layers": layers, "recipe": {"name": "w6a8"}, "model": "demo", "notes": ["flatters"]}
     (tmp_path / "b" / "posttrain.json").write_text(json.dumps(report))
     names = [str(tmp_path / name) for name in "ab"]
     found = posttrain.compare(names, text=text, generations=False, **QUIET)
     loaded = compare([tiny, near], text=text, generations=False, **QUIET)
     assert found["models"][1]["layers"] == layers and found["models"][1]["recipe"] == "w6a8"
     assert "layers" not in found["models"][0]
-    assert "stored in 4 bits" in found["notes"][0]
+    assert found["notes"] == ["demo: flatters"]
+    assert evaluate(names[1], text=text, **QUIET)["notes"] == ["demo: flatters"]
     assert found["pairs"][0]["delta_nll"] == loaded["pairs"][0]["delta_nll"]
     assert found["command"].startswith(f"posttrain compare {names[0]} {names[1]} --text numbers")
+
+
+def test_a_caveat_is_said_once_with_every_model_it_is_about(tiny, near, text, monkeypatch):
+    monkeypatch.setattr(tiny, "posttrain", {**SIZE, "notes": ["coarse", "old"]}, raising=False)
+    monkeypatch.setattr(near, "posttrain", {**SIZE, "notes": ["coarse"]}, raising=False)
+    options = {"text": text, "max_tokens": 64, "generations": False, **QUIET}
+    assert compare([tiny, near, near], **options)["notes"] == [
+        "tiny-0 and nudged-9: coarse", "tiny-0: old"
+    ]  # fmt: skip
+    assert evaluate(near, text=text, **QUIET)["notes"] == ["nudged-9: coarse"]
 
 
 def test_only_the_given_text_counts(tiny, near, text):

@@ -2,6 +2,7 @@
 
 import os
 import struct
+from collections import Counter
 from pathlib import Path
 
 import gguf
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from models_tiny import SIZES, TINY, tiny_model, tokens
+from models_tiny import SIZES, TINY, save_tiny, tiny_model, tokens
 
 from posttrain.errors import UserError
 from posttrain.models import gguf_config
 from posttrain.models.gguf import demo_path, separate_rotary_pairs
 from posttrain.models.gguf_file import READABLE, read_gguf_header
+from posttrain.models.load import load as load_model
 from posttrain.models.shards import OpenFiles
 from posttrain.models.source import open_source, require_unquantized
 from posttrain.models.walk import assign, skeleton
@@ -250,6 +252,58 @@ def test_gguf_side_files_make_a_loadable_tokenizer(tmp_path):
     assert again.eos_token == "</s>"
     for file in (tmp_path / "out").iterdir():
         assert str(tmp_path) not in file.read_text()
+
+
+# ------------------------------------------------------------------- what the file's grid was
+
+
+@pytest.mark.parametrize(
+    ("kind", "expanded", "grid"),
+    [
+        (Type.F32, None, None),
+        (Type.F16, None, None),
+        (Type.Q8_0, "GGUF Q8_0", None),
+        (Type.Q5_1, "GGUF Q5_1", None),
+        (Type.Q4_0, "GGUF Q4_0", "GGUF Q4_0, groups of 32"),
+        (Type.Q4_1, "GGUF Q4_1", "GGUF Q4_1, groups of 32"),
+    ],
+)
+def test_weights_from_a_4_bit_grid_carry_a_note(kind, expanded, grid, tmp_path):
+    source = open_source(write_gguf(tmp_path / "m.gguf", float_model("llama"), "llama", kind=kind))
+    assert source.expanded_from == expanded
+    assert [f"({grid})" in note for note in source.notes] == ([True] if grid else [])
+    info = load_model(source.path).posttrain
+    assert (info["expanded_from"], info["notes"]) == (expanded, source.notes)
+
+
+def test_the_note_says_how_much_is_on_the_grid(tmp_path):
+    model = float_model("llama")
+    source = open_source(write_gguf(tmp_path / "m.gguf", model, "llama", kind=Type.Q4_0))
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2 and p.shape[1] % 32 == 0)
+    share = matrices / sum(p.numel() for p in model.parameters())
+    assert source.notes[0].startswith(f"{share:.0%} of the weights come from a 4-bit grid")
+
+
+def test_the_demo_says_that_it_comes_from_4_bits(demo):
+    (note,) = demo[0].notes
+    assert note == (
+        "79% of the weights come from a 4-bit grid (GGUF Q4_1, groups of 32): 4-bit results on "
+        "this model flatter grids that match"
+    )
+    assert demo[0].expanded_from == "GGUF Q4_1"
+
+
+def test_mixed_files_name_every_4_bit_type(small):
+    source = open_source(small)
+    source._weights = Counter({"Q6_K": 100, "Q4_K": 200, "Q4_0": 100, "F32": 0})
+    assert "75% of" in source.notes[0] and "GGUF Q4_0 and Q4_K, groups of 32" in source.notes[0]
+    assert source.expanded_from == "GGUF Q4_K"
+
+
+def test_other_sources_have_no_note(tmp_path):
+    save_tiny("llama", tmp_path)
+    source = open_source(tmp_path)
+    assert source.notes == [] and source.expanded_from is None
 
 
 # ------------------------------------------------------------------------------------ tensor types

@@ -22,7 +22,7 @@ from posttrain.cli.arguments import (
     options,
     whole,
 )
-from posttrain.cli.output import bytes_text, number, table
+from posttrain.cli.output import bytes_text, notes, number, table
 
 
 def arguments(parser: Parser) -> None:
@@ -71,6 +71,7 @@ def show(result: dict[str, Any]) -> str:
     parts = [models_table(result["models"])]
     if result["pairs"]:
         parts.append(pairs_table(result["pairs"]))
+    parts += notes(result)
     if result.get("report"):
         parts.append(f"report: {result['report']}")
     return "\n\n".join(parts)

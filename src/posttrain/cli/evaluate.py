@@ -20,7 +20,7 @@ from posttrain.cli.arguments import (
     options,
     words,
 )
-from posttrain.cli.output import bytes_text, facts, number
+from posttrain.cli.output import bytes_text, facts, notes, number
 
 
 def arguments(parser: Parser) -> None:
@@ -59,4 +59,4 @@ def show(result: dict[str, Any]) -> str:
         ("bits per weight", number(result["bits_per_weight"], 2)),
         ("size", bytes_text(result["bytes"])),
     ]
-    return facts(str(result["model"]), lines)
+    return "\n".join([facts(str(result["model"]), lines), *notes(result)])

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,6 +77,12 @@ def facts(title: str, pairs: Sequence[tuple[str, str]]) -> str:
     """A title and one aligned line for each (label, value)."""
     width = max(len(label) for label, _ in pairs)
     return "\n".join([title, *(f"  {label.ljust(width)}  {value}" for label, value in pairs)])
+
+
+def notes(result: Mapping[str, Any]) -> list[str]:
+    """A paragraph for each caveat of a result."""
+    said = result.get("notes") or ()
+    return [textwrap.fill(f"note: {note}", 96, subsequent_indent="      ") for note in said]
 
 
 def number(value: Any, places: int = 4, sign: bool = False) -> str:

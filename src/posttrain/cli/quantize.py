@@ -16,7 +16,7 @@ import statistics
 from typing import Any
 
 from posttrain.cli.arguments import Parser, add_progress_option, count, options, positive, whole
-from posttrain.cli.output import bytes_text, facts, number, seconds_text
+from posttrain.cli.output import bytes_text, facts, notes, number, seconds_text
 
 RESUME = "run the same command again to continue where it stopped"
 
@@ -88,7 +88,7 @@ def show(result: dict[str, Any]) -> str:
         ("time", seconds_text(result["seconds"])),
         ("peak memory", f"{bytes_text(peak)} (predicted {bytes_text(predicted)})"),
     ]
-    return facts(f"wrote {result['out']}", lines)
+    return "\n".join([facts(f"wrote {result['out']}", lines), *notes(result)])
 
 
 def quality(layers: list[dict[str, Any]]) -> str:

@@ -9,6 +9,7 @@ examples:
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,21 @@ def call(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> str:
-    parts = [_stage(stage) for stage in result["stages"]]
+    parts = [_stage(stage) for stage in _notes_once(result["stages"])]
     state = Path(result["out"]) / "run.json"
     parts.append(f"done in {seconds_text(result['seconds'])}; every figure is in {state}")
     return "\n\n".join(parts)
+
+
+def _notes_once(stages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The stages, each with the notes that none before it said; `compare` puts the model's name
+    before what `quantize` said."""
+    said: tuple[str, ...] = ()
+    for stage in stages:
+        notes = stage["result"].get("notes") or ()
+        fresh = [note for note in notes if not note.endswith(said)]
+        yield {**stage, "result": {**stage["result"], "notes": fresh}} if notes else stage
+        said += tuple(notes)
 
 
 def _stage(stage: dict[str, Any]) -> str:

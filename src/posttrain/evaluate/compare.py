@@ -100,6 +100,7 @@ class _Comparison:
     scores: list[Scores] = field(default_factory=list)
     facts: list[dict[str, Any]] = field(default_factory=list)
     answers: dict[str, list[str]] = field(default_factory=dict)
+    caveats: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -117,6 +118,7 @@ class _Comparison:
         def visit(subject: Subject) -> None:
             report = subject.quantize_report()
             self.facts.append(subject.facts() | _from_report(report))
+            self.caveats += subject.caveats()
             if generations:
                 self.answers[subject.name] = answers(subject.model, subject.tokenizer)
 
@@ -124,8 +126,7 @@ class _Comparison:
         self.scores = run(
             self.subjects, self.windows, self.divergence, visit, self.options.progress
         )
-        reports = [subject.quantize_report() for subject in self.subjects]
-        self.notes += provenance.notes(self.subjects, reports)
+        self.notes += provenance.notes(self.caveats)
 
     def result(self) -> dict[str, Any]:
         return {

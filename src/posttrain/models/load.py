@@ -36,8 +36,9 @@ def load(model: str | Path, *, dtype: str | torch.dtype = "auto", resident: str 
         expanded after their first use (fastest; the same results bit for bit).
 
     Returns the transformers model in eval mode, with `.tokenizer` and `.posttrain`, a dictionary
-    of `source`, `format`, `implementation`, `dtype`, `parameters`, `bits_per_weight`, `bytes` and
-    `bytes_quantized` (see `model_size`). Raises UserError for anything wrong with the files.
+    of `source`, `format`, `implementation`, `dtype`, `expanded_from` and `notes` (see `Source`),
+    `parameters`, `bits_per_weight`, `bytes` and `bytes_quantized` (see `model_size`). Raises
+    UserError for anything wrong with the files.
     """
     check_resident(resident)
     path = Path(model).expanduser()
@@ -47,6 +48,7 @@ def load(model: str | Path, *, dtype: str | torch.dtype = "auto", resident: str 
     loaded, how = _load(source, _dtype(dtype, source))
     set_resident(loaded, resident)
     info: dict[str, Any] = {"source": source.name, **how, "dtype": _name(loaded.config.dtype)}
+    info |= {"expanded_from": source.expanded_from, "notes": source.notes}
     loaded.posttrain = info | stored_size(source, loaded)
     loaded.tokenizer = _tokenizer(source)
     return loaded.eval()
