@@ -172,6 +172,20 @@ def test_a_caveat_is_said_once_with_every_model_it_is_about(tiny, near, text, mo
     assert evaluate(near, text=text, **QUIET)["notes"] == ["nudged-9: coarse"]
 
 
+def test_a_file_that_runs_expanded_says_whose_bits_are_counted(tiny, near, text, monkeypatch):
+    info = {**SIZE, "expanded_from": "GGUF Q4_1", "notes": ["coarse"]}
+    monkeypatch.setattr(tiny, "posttrain", info, raising=False)
+    monkeypatch.setattr(near, "posttrain", {**SIZE, "expanded_from": None}, raising=False)
+    found = compare([tiny, near], text=text, max_tokens=64, generations=False, **QUIET)
+    stored, coarse = found["notes"]
+    assert stored.startswith(
+        "tiny-0: stored as GGUF Q4_1, 8.00 bits per weight in all, and expanded to float32 to run"
+    )
+    assert coarse == "tiny-0: coarse"
+    assert found["models"][0]["expanded_from"] == "GGUF Q4_1"
+    assert "expanded_from" not in found["models"][1]
+
+
 def test_only_the_given_text_counts(tiny, near, text):
     short = compare([tiny, near], text=text, max_tokens=96, generations=False, **QUIET)
     assert short["generations"] == []

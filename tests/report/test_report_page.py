@@ -257,7 +257,7 @@ def names_of(data):
 def test_notes_stand_beside_the_numbers():
     text = build_page(comparison())
     summary = text[text.index('id="summary"') : text.index('id="quality"')]
-    assert "flatter anything that lands on the same grid" in summary
+    assert "flatter grids that match" in summary
 
 
 def test_pairs_that_are_not_with_the_reference_have_their_own_table():

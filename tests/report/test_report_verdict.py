@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from report_samples import SMALL, comparison
 
 from posttrain.report import content, verdict
+from posttrain.report.page import build_page
 
 
 def read(data):
@@ -79,6 +80,65 @@ def test_a_single_model_has_its_perplexity_as_verdict():
     assert verdict.headline(*read(comparison(0))) == (
         "demo has perplexity 18.41 at 32 bits per weight."
     )
+    assert verdict.headline(*read(against_a_file(0))) == (
+        "demo has perplexity 18.41 at 5.74 bits per weight in its GGUF Q4_1 file."
+    )
+
+
+FILE = {"bits_per_weight": 5.74, "bytes": 96_600_000, "expanded_from": "GGUF Q4_1"}
+
+
+def against_a_file(small=1, **others):
+    """A comparison whose reference is a packed file that runs expanded."""
+    data = comparison(small)
+    data["models"][0] |= FILE | others
+    return data
+
+
+def test_a_reference_from_a_packed_file_is_no_measure_of_size():
+    said = verdict.headline(*read(against_a_file()))
+    assert said.startswith(
+        "demo-w6a8 needs 6.27 bits per weight (demo: 5.74 in its GGUF Q4_1 file, 32 as it runs) "
+        "and costs"
+    )
+    said = verdict.headline(*read(against_a_file(dtype="bfloat16")))
+    assert "(demo: 5.74 in its GGUF Q4_1 file, 16 as it runs)" in said
+    said = verdict.headline(*read(against_a_file(dtype=None)))
+    assert "(demo: 5.74 in its GGUF Q4_1 file) and costs" in said
+
+
+def test_the_copy_of_a_packed_file_is_still_the_smaller_model():
+    data = against_a_file()
+    data["pairs"][0].update(delta_nll=-0.01, ci_low=-0.02, ci_high=-0.005)
+    assert "favour of the smaller model" in verdict.meaning(read(data)[1][0])
+
+
+@pytest.mark.parametrize("form", [None, "", 4, ["GGUF"]])
+def test_other_references_are_worded_as_ever(form):
+    plain = verdict.headline(*read(against_a_file(expanded_from=form, bits_per_weight=32.0)))
+    assert plain == verdict.headline(*read(comparison()))
+
+
+def test_two_packed_files_are_compared_as_files():
+    data = against_a_file()
+    data["models"][1] |= {"expanded_from": "GGUF Q8_0", "bits_per_weight": 8.5}
+    said = verdict.headline(*read(data))
+    assert "needs 8.50 bits per weight, more than the 5.74 of demo, and costs" in said
+
+
+def test_the_page_says_whose_bits_they_are():
+    page = build_page(against_a_file())
+    for words in (
+        "demo: 5.74 in its file",
+        "demo: 96.6 MB in its file",
+        "reference, GGUF Q4_1 file",
+        "Bits of demo are those of the file",
+    ):
+        assert page.count(words) == 1, words
+    assert "in its file" not in build_page(comparison())
+    several = build_page(against_a_file(3))
+    assert "as it runs" not in several and "instead of" not in several
+    assert "reference, GGUF Q4_1 file" in several
 
 
 def test_a_model_that_is_larger_than_its_reference_is_said_to_be():

@@ -18,6 +18,11 @@ DTYPES = {
 # Weights may fill this share of free memory; the rest is for logits, activations and others.
 MEMORY_SHARE = 0.6
 REPORT_FILE = "posttrain.json"  # what `quantize` measured, beside the checkpoint it wrote
+EXPANDED_CAVEAT = (
+    "stored as {expanded_from}, {bits_per_weight:.2f} bits per weight in all, and expanded to {dtype} to run; its bits "
+    "and size here are those of the file, so a model quantized from it can look larger: what that "
+    "model keeps in 16 bits took fewer in the file"
+)
 
 
 @dataclass
@@ -97,7 +102,8 @@ class Subject:
         if not {"bits_per_weight", "bytes"} <= info.keys():
             info |= model_size(self.model)
         found = {key: info[key] for key in ("bits_per_weight", "bytes")}
-        found |= {key: info[key] for key in ("format", "bytes_quantized") if key in info}
+        optional = ("format", "bytes_quantized", "expanded_from")
+        found |= {key: info[key] for key in optional if info.get(key) is not None}
         return found | {
             "dtype": _dtype_name(self.model.dtype),
             "implementation": implementation(self.model),
@@ -106,7 +112,10 @@ class Subject:
     def caveats(self) -> list[tuple[str, str]]:
         """(model, what to keep in mind of its weights): of the open model, and of the one it was
         quantized from."""
-        own = (getattr(self.model, "posttrain", None) or {}).get("notes", ())
+        own = list((getattr(self.model, "posttrain", None) or {}).get("notes", ()))
+        facts = self.facts()
+        if "expanded_from" in facts:
+            own.insert(0, EXPANDED_CAVEAT.format(**facts))
         report = self.quantize_report()
         origin, inherited = str(report.get("model", self.name)), report.get("notes") or ()
         return [*((self.name, note) for note in own), *((origin, note) for note in inherited)]

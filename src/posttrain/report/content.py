@@ -14,6 +14,7 @@ from typing import Any
 from posttrain.errors import UserError
 
 LONGEST_NAME = 36  # characters, on the page
+RUNNING_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 MODEL_NUMBERS = ("nll", "perplexity", "tokens")
 ZERO_WIDTH_JOINER = "\u200d"
 _LAYER = re.compile(r"(?P<stack>.*?)\.(?P<block>\d+)\.(?P<kind>.+)")
@@ -43,6 +44,18 @@ class Model:
         value: Any = self.values.get(key)
         return value if real(value) and not math.isnan(value) else None
 
+    @property
+    def file(self) -> str | None:
+        """How its file stores what is expanded to run ("GGUF Q4_1"): its bits and size are those
+        of the file. None where the model is stored as it is computed, or packed in memory too."""
+        value = self.values.get("expanded_from")
+        return value if isinstance(value, str) and value else None
+
+    @property
+    def running_bits(self) -> int | None:
+        """Bits of a weight as it is computed, where that is known."""
+        return RUNNING_BITS.get(str(self.values.get("dtype")))
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -69,6 +82,12 @@ class Pair:
     def ends(self) -> tuple[float, float]:
         """The interval to draw: where there is none, only its middle."""
         return (self.low, self.high) if self.interval else (self.delta, self.delta)
+
+    @property
+    def from_file(self) -> bool:
+        """Whether the bits and the size of a are those of a packed file that runs expanded, and
+        those of b are not: then they are no measure of what b saves."""
+        return self.a.file is not None and self.b.file is None
 
     @property
     def includes_zero(self) -> bool:

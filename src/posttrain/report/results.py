@@ -25,7 +25,8 @@ def verdict_section(report: Report) -> Markup:
     if len(pairs) == 1 and (meaning := verdict.meaning(pairs[0])):
         lead = tag("p", meaning, class_="lead")
     elif len(pairs) > 1:
-        lead = tag("ul", [tag("li", verdict.sentence(pair)) for pair in pairs], class_="lead")
+        said = [verdict.sentence(pair, among_others=True) for pair in pairs]
+        lead = tag("ul", [tag("li", sentence) for sentence in said], class_="lead")
     return tag(
         "header",
         tag("p", "posttrain report", class_="eyebrow"),
@@ -36,6 +37,9 @@ def verdict_section(report: Report) -> Markup:
     )
 
 
+OF_THE_FILE = ("bits_per_weight", "bytes")
+
+
 def _tiles(pair: Pair) -> Markup:
     """The figures of a single pair, after and before."""
 
@@ -43,7 +47,9 @@ def _tiles(pair: Pair) -> Markup:
         before, after = pair.a.get(key), pair.b.get(key)
         if before is None or after is None:
             return None
-        return _tile(title, exact(after, say(after)), f"from {say(before)}")
+        stored = pair.from_file and key in OF_THE_FILE
+        beside = f"{pair.a.short}: {say(before)} in its file" if stored else f"from {say(before)}"
+        return _tile(title, exact(after, say(after)), beside)
 
     agreement = pair.agreement
     tiles = [
@@ -100,7 +106,8 @@ def summary(report: Report) -> Markup:
     ]
     rows = []
     for model in report.models:
-        note = "reference" if by_model and model is report.reference else ""
+        said = ["reference"] if by_model and model is report.reference else []
+        note = ", ".join([*said, f"{model.file} file"] if model.file else said)
         cells = [tag("td", column.show(model, by_model.get(model.index))) for column in columns]
         rows.append(tag("tr", row_head(report, model, note), cells))
     intro = f"Differences are against {report.reference.short}, token by token on the same text"
@@ -179,6 +186,8 @@ def quality(report: Report) -> Child:
         caption += f" The difference is against {report.reference.short}"
         drawn = any(pair.interval for pair in by_model.values())
         caption += f"; lines are {words.CONFIDENCE} intervals." if drawn else "."
+    if packed := [spot.model.short for spot in spots if spot.model.file]:
+        caption += f" Bits of {words.join(packed)} are those of the file, before it is expanded."
     return section(
         "quality",
         "Bits against quality",

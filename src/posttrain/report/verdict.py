@@ -25,11 +25,14 @@ def effect(pair: Pair) -> str:
     return f"scores better by {value.lstrip(words.MINUS)} nats per token ({interval})"
 
 
-def cost(pair: Pair) -> str | None:
+def cost(pair: Pair, among_others: bool = False) -> str | None:
     """Bits per weight of b and of a where both are known: 'needs 6.25 bits instead of 32'."""
     before, after = pair.a.get("bits_per_weight"), pair.b.get("bits_per_weight")
     if before is None or after is None:
         return None
+    if pair.from_file:
+        beside = "" if among_others else f" ({pair.a.short}: {_of_file(pair.a)})"
+        return f"needs {words.bits(after)} bits per weight{beside}"
     if before == after:
         return f"needs the same {words.bits(after)} bits per weight"
     if after > before:
@@ -38,9 +41,16 @@ def cost(pair: Pair) -> str | None:
     return f"needs {words.bits(after)} bits per weight instead of {words.bits(before)}"
 
 
-def sentence(pair: Pair) -> str:
-    """The whole verdict about one pair."""
-    parts = [part for part in (cost(pair), effect(pair)) if part]
+def _of_file(model: Model) -> str:
+    """'5.74 in its GGUF Q4_1 file, 32 as it runs'."""
+    said = f"{words.bits(model.get('bits_per_weight'))} in its {model.file} file"
+    return f"{said}, {model.running_bits} as it runs" if model.running_bits else said
+
+
+def sentence(pair: Pair, among_others: bool = False) -> str:
+    """The whole verdict about one pair; `among_others` against the same reference, without what
+    would be the same in each."""
+    parts = [part for part in (cost(pair, among_others), effect(pair)) if part]
     return f"{pair.b.short} {' and '.join(parts)}."
 
 
@@ -77,6 +87,8 @@ def _percent(delta: float) -> str:
 
 def _smaller(pair: Pair) -> bool:
     before, after = pair.a.get("bits_per_weight"), pair.b.get("bits_per_weight")
+    if pair.from_file and pair.a.running_bits:
+        before = pair.a.running_bits
     return before is not None and after is not None and after < before
 
 
@@ -103,5 +115,6 @@ def _alone(models: Sequence[Model]) -> str:
         model = models[0]
         at = model.get("bits_per_weight")
         size = "" if at is None else f" at {words.bits(at)} bits per weight"
+        size += f" in its {model.file} file" if size and model.file else ""
         return f"{model.short} has perplexity {words.number(model.get('perplexity'))}{size}."
     return f"{len(models)} models, measured one by one."
