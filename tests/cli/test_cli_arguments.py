@@ -166,6 +166,7 @@ def test_mistakes_are_explained_in_one_line(line, says, fakes, capsys):
     assert main(shlex.split(line)) == 2
     captured = capsys.readouterr()
     message = captured.err
+    assert "?;" not in message
     assert message.startswith("posttrain: error: ") and message.count("\n") == 1
     assert says in message
     assert not fakes.calls

@@ -6,13 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from posttrain.cli import main
+from posttrain.cli import doctor, main
 from posttrain.cli.output import bytes_text, number, plain, seconds_text, table
 from posttrain.errors import UserError
 
@@ -48,6 +49,48 @@ def test_json_is_one_object_whatever_is_printed_meanwhile(verb, fakes, posttrain
 def test_json_of_verbs_without_a_function(verb, posttrain_json):
     status, result, _ = posttrain_json(verb)
     assert status == 0 and result
+
+
+# What pip knows of us: some needed always, some with an extra.
+REQUIRES = ["torch>=2.6", 'compressed-tensors>=0.18; extra == "compressed-tensors"', "gguf"]
+
+
+@pytest.mark.parametrize(
+    ("package", "found", "mark", "says"),
+    [
+        ("torch", "2.6", "ok", "2.6 (for everything)"),
+        ("torch", "2.13.0+cpu", "ok", "2.13.0+cpu (for everything)"),
+        ("torch", "2.5.9+cu121", "FIX", "pip install --upgrade 'torch>=2.6'"),
+        ("torch", None, "FIX", "fix: pip install torch"),
+        ("gguf", "0.0.1", "ok", "0.0.1 (for .gguf files"),
+        ("compressed-tensors", "0.18.0", "ok", "0.18.0 (for loading results"),
+        ("compressed-tensors", "0.17.1", "-", "0.17.1: too old for loading results"),
+        ("compressed-tensors", "0.9.4", "-", "pip install --upgrade 'compressed-tensors>=0.18'"),
+        ("compressed-tensors", None, "-", "fix: pip install compressed-tensors"),
+    ],
+)
+def test_doctor_names_what_is_missing_or_too_old(package, found, mark, says, monkeypatch, capsys):
+    installed = doctor.version
+
+    def version(name):
+        return found if name == package else installed(name)
+
+    monkeypatch.setattr(doctor, "version", version)
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: REQUIRES)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"^{mark} +{package} ", out, re.MULTILINE)
+    assert says in out
+    assert ("everything required is here" in out) == (mark != "FIX")
+    assert ("first mend what says FIX" in out) == (mark == "FIX")
+
+
+def test_doctor_without_metadata_asks_for_no_version(monkeypatch):
+    def requires(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.requires", requires)
+    assert doctor.minimum("torch") is None
 
 
 @pytest.mark.parametrize("verb", LINES)

@@ -64,7 +64,12 @@ class Parser(argparse.ArgumentParser):
         self.error(f"unknown option {option!r}{hint}")
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see `{self.prog} --help`")
+        raise UserError(with_help(message, self.prog))
+
+
+def with_help(message: str, program: str) -> str:
+    """An error message and where the help is."""
+    return f"{message}{' See' if message.endswith('?') else '; see'} `{program} --help`"
 
 
 def options(args: argparse.Namespace) -> dict[str, Any]:

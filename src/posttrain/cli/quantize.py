@@ -1,8 +1,9 @@
 """make a model smaller: quantize its linear layers and write a checkpoint
 
-Streams the model block by block from disk, so that memory stays far below the model's size,
-and writes a Hugging Face directory that plain `transformers` loads. Killed at any moment, the
-same command continues where it was and ends with the same bytes.
+Streams the model block by block from disk, so that memory stays far below the model's size, and
+writes a Hugging Face directory. Plain `transformers` with the package compressed-tensors loads
+it; formats that package lacks (nf4) load after `import posttrain`. Killed at any moment, the same
+command continues where it was and ends with the same bytes.
 
 examples:
   posttrain quantize demo --recipe w6a8 -o small
@@ -37,7 +38,9 @@ def arguments(parser: Parser) -> None:
         help="how codes are chosen: rtn, mse or gptq (default: the recipe's)",
     )
     add_progress_option(parser)
-    group = parser.add_argument_group("calibration, for solvers that look at activations")
+    group = parser.add_argument_group(
+        "calibration text, for recipes and solvers that look at activations"
+    )
     add = group.add_argument
     add(
         "--calibration",

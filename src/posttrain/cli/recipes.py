@@ -47,4 +47,5 @@ def show(result: dict[str, Any]) -> str:
     if "text" in result:
         return str(result["text"]).rstrip("\n")
     rows = [(r["name"], f"posttrain {r['verb']}", r["description"]) for r in result["recipes"]]
-    return table([("recipe", "used by", "what it does"), *rows])
+    listed = table([("recipe", "used by", "what it does"), *rows])
+    return f"{listed}\n\n`posttrain recipes show NAME` prints one, to copy and edit."

@@ -1,7 +1,7 @@
-"""run a whole job from a recipe: quantize, compare, chat, report; finished stages are skipped
+"""run a whole job from a recipe: quantize, compare, chat, report
 
 A second run of the same recipe does only what is missing or has changed; an interrupted one
-continues where it stopped.
+continues where it stopped. What was measured is in DIR/run.json.
 
 examples:
   posttrain run demo
