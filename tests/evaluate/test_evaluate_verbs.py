@@ -15,6 +15,7 @@ import posttrain
 from posttrain.errors import UserError
 from posttrain.evaluate import compare, evaluate, read_records
 from posttrain.evaluate.pairing import position_edges
+from posttrain.evaluate.subject import Subject
 
 SIZE = {"bits_per_weight": 8.0, "bytes": 1000}
 QUIET = {"window": 32, "progress": False}
@@ -160,6 +161,16 @@ def test_names_are_loaded_and_their_folder_is_read(tiny, near, text, tmp_path):
     assert evaluate(names[1], text=text, **QUIET)["notes"] == ["demo: flatters"]
     assert found["pairs"][0]["delta_nll"] == loaded["pairs"][0]["delta_nll"]
     assert found["command"].startswith(f"posttrain compare {names[0]} {names[1]} --text numbers")
+
+
+def test_a_loaded_model_is_named_as_it_was_loaded():
+    bare = torch.nn.Linear(2, 2)
+    bare.tokenizer, bare.dtype = word_tokenizer(), torch.float32
+    assert Subject.of(bare).name == "Linear"
+    bare.posttrain = {"source": "demo"}
+    assert Subject.of(bare).name == "demo"
+    bare.name_or_path = "mine"
+    assert Subject.of(bare).name == "mine"
 
 
 def test_a_caveat_is_said_once_with_every_model_it_is_about(tiny, near, text, monkeypatch):

@@ -49,7 +49,8 @@ class Subject:
         if tokenizer is None:
             raise UserError("a loaded model needs its tokenizer: set model.tokenizer, "
                             "or load it with posttrain.load")  # fmt: skip
-        name = getattr(model, "name_or_path", "") or type(model).__name__
+        source = (getattr(model, "posttrain", None) or {}).get("source")
+        name = getattr(model, "name_or_path", "") or source or type(model).__name__
         return cls(name, _dtype_name(model.dtype), model.eval(), tokenizer, given=True)
 
     @property
