@@ -2,6 +2,9 @@
 
     python benchmarks/bench_recipes.py [--text FILE] [--calibration FILE] [--windows 64]
 
+Recipes run as shipped, unless the name of a row says what differs: no smoothing, or `on FILE`,
+calibrated on the given text instead of the default one.
+
 Writes results/demo-recipes.json. `rows` pairs each result with the full-precision model on the
 same tokens; `gptq_against_rtn` pairs GPTQ with rounding at the same 4-bit format. The peer rows
 are weights quantized by the `gguf` package (llama.cpp's formats, no importance matrix), scored in
@@ -21,13 +24,17 @@ from common import ROOT, run_json, write_result
 import posttrain
 from posttrain.models.load import load
 
+PLAIN = ("--transform", "none")
 RUNS = [  # (name, recipe, options)
     ("w8a8", "w8a8", ()),
+    ("w8a8 unsmoothed", "w8a8", PLAIN),
     ("w6a8", "w6a8", ()),
-    ("w4a16-rtn", "w4a16", ("--solver", "rtn")),
-    ("w4a16-mse", "w4a16", ("--solver", "mse")),
-    ("w4a16-gptq", "w4a16", ()),
-    ("w4a8-gptq", "w4a8", ()),
+    ("w6a8 unsmoothed", "w6a8", PLAIN),
+    ("w4a16 rtn unsmoothed", "w4a16", ("--solver", "rtn", *PLAIN)),
+    ("w4a16 rtn", "w4a16", ("--solver", "rtn")),
+    ("w4a16 gptq unsmoothed", "w4a16", PLAIN),
+    ("w4a16 gptq", "w4a16", ()),
+    ("w4a8 gptq", "w4a8", ()),
     ("mxfp4", "mxfp4", ()),
     ("nvfp4", "nvfp4", ()),
     ("nf4", "nf4", ()),
@@ -41,8 +48,13 @@ def main() -> None:
     args = _arguments()
     WORK.mkdir(parents=True, exist_ok=True)
     text, calibration = _local(args.text, "evaluation"), _local(args.calibration, "calibration")
-    made = {name: _quantize(name, recipe, options, calibration) for name, recipe, options in RUNS}
-    shown = {str(WORK / name): name for name in made}
+    runs = list(RUNS)
+    if calibration is not None:
+        runs.append(
+            (f"w4a16 gptq on {Path(calibration).stem}", "w4a16", ("--calibration", calibration))
+        )
+    made = {name: _quantize(name, recipe, options) for name, recipe, options in runs}
+    shown = {_folder(name): name for name in made}
     options = {"text": text, "window": 512, "max_tokens": 512 * args.windows}
     peers = [_peer(kind) for kind in PEERS]
     rows, texts = [], None
@@ -50,13 +62,13 @@ def main() -> None:
         compared = posttrain.compare(["demo", model], generations=False, **options)
         texts = compared["text"]
         rows.append(_measured(compared, name) | facts)
-    rtn, gptq = str(WORK / "w4a16-rtn"), str(WORK / "w4a16-gptq")
+    rtn, gptq = _folder("w4a16 rtn"), _folder("w4a16 gptq")
     versus = posttrain.compare([rtn, gptq], generations=False, **options)
     write_result(
         "demo-recipes",
         {
             "rows": rows,
-            "gptq_against_rtn": [_measured(versus, "w4a16 g64, gptq minus rtn")],
+            "gptq_against_rtn": [_measured(versus, "w4a16, gptq minus rtn")],
             "text": texts,
             "windows": args.windows,
             "window": 512,
@@ -87,10 +99,13 @@ def _local(source: Path | None, role: str) -> str | None:
     return str(copy.relative_to(ROOT))
 
 
-def _quantize(name: str, recipe: str, options: Any, calibration: str | None) -> dict[str, Any]:
-    words = ["quantize", "demo", "--recipe", recipe, "-o", str(WORK / name), "--overwrite"]
-    given = ["--calibration", calibration] if calibration else []
-    result = run_json(*words, *options, *given)
+def _folder(name: str) -> str:
+    return str(WORK / name.replace(" ", "-"))
+
+
+def _quantize(name: str, recipe: str, options: Any) -> dict[str, Any]:
+    words = ["quantize", "demo", "--recipe", recipe, "-o", _folder(name), "--overwrite"]
+    result = run_json(*words, *options)
     return {
         "recipe": recipe,
         "solver": result["recipe"]["solver"]["name"],

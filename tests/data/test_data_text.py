@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from posttrain.data import load_text, token_windows
+from posttrain.data.prose import prose
 from posttrain.data.python_docs import _shingles, paragraph_key, python_docs
 from posttrain.errors import UserError
 
@@ -59,6 +60,31 @@ def test_the_default_corpus_is_large_enough():
     # At 4.3 characters a token: 32 windows of 512 to evaluate, 128 to calibrate on.
     assert sum(map(len, python_docs("evaluation"))) > 32 * 512 * 4.3
     assert sum(map(len, python_docs("calibration"))) > 128 * 512 * 4.3
+
+
+def test_prose_repeats_no_paragraph_and_none_of_the_evaluation_text():
+    found = [paragraph_key(p) for d in prose("calibration") for p in d.split("\n\n") if p.strip()]
+    long = [key for key in found if len(key.split()) > 8]
+    assert len(long) == len(set(long)) > 300
+    evaluation = set().union(*map(_shingles, paragraphs(python_docs("evaluation"))))
+    assert not any(_shingles(key) & evaluation and len(key.split()) > 12 and
+                   len(_shingles(key) & evaluation) > 3 for key in long)  # fmt: skip
+
+
+def test_prose_has_whole_documents_and_no_evaluation_part():
+    documents = prose("calibration")
+    assert len(documents) > 30 and sum(map(len, documents)) > 80_000
+    assert all(len(document.split()) > 80 and "***" not in document for document in documents)
+    with pytest.raises(UserError, match="calibration only"):
+        load_text("prose")
+
+
+def test_corpora_are_joined_by_a_plus_sign():
+    joined = load_text("prose+python-docs", split="calibration")
+    assert list(joined.documents) == prose("calibration") + python_docs("calibration")
+    assert load_text(split="calibration") == joined
+    with pytest.raises(UserError, match="does not exist"):
+        load_text("prose+novels", split="calibration")
 
 
 def test_a_python_without_the_corpus_says_so(monkeypatch):

@@ -34,7 +34,15 @@ def digest(folder: Path) -> dict[str, str]:
 @pytest.fixture()
 def gptq(tmp_path) -> Path:
     recipe = tmp_path / "gptq.yaml"
-    recipe.write_text(GROUP_32 + "solver: gptq\nignore: [lm_head]\n")
+    recipe.write_text(GROUP_32 + "transform: smooth\nsolver: gptq\nignore: [lm_head]\n")
+    return recipe
+
+
+@pytest.fixture()
+def smooth(tmp_path) -> Path:
+    """Looks at text, with a solver that does not."""
+    recipe = tmp_path / "smooth.yaml"
+    recipe.write_text(GROUP_32 + "transform: smooth\nignore: [lm_head]\n")
     return recipe
 
 
@@ -84,12 +92,13 @@ pipeline.quantize(sys.argv[1], recipe=sys.argv[2], out=sys.argv[3], samples=6, w
 """
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(tiny, tmp_path, gptq):
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(tiny, tmp_path, gptq, smooth):
     model = tiny("Llama", num_hidden_layers=12)
-    quantize(model, recipe=gptq, out=tmp_path / "whole", progress=False, **CALIBRATION)
-    for attempt, budget in enumerate(("1", "1e-9")):
+    for attempt, (recipe, budget) in enumerate(((gptq, "1"), (gptq, "1e-9"), (smooth, "1"))):
+        whole = tmp_path / f"whole-{attempt}"
+        quantize(model, recipe=recipe, out=whole, progress=False, **CALIBRATION)
         out = tmp_path / f"killed-{attempt}"
-        command = [sys.executable, "-c", RUN, str(model), str(gptq), str(out), budget]
+        command = [sys.executable, "-c", RUN, str(model), str(recipe), str(out), budget]
         kills = 0
         chance = random.Random(attempt)
         while kills < 2:
@@ -108,7 +117,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tiny, tmp_path, gp
                 load(out)
         assert kills, "the run ended before it could be killed once"
         subprocess.run(command, check=True, capture_output=True)
-        assert digest(out) == digest(tmp_path / "whole")
+        assert digest(out) == digest(whole)
 
 
 def test_a_layer_no_rule_covers_is_an_error(tiny_llama, tmp_path):

@@ -43,6 +43,12 @@ def test_recipe_from_a_copied_file(tmp_path):
         (MINIMAL + "calibration: {sample: 3}", "did you mean 'samples'"),
         (MINIMAL + "calibration: {samples: many}", "positive whole number"),
         (MINIMAL + "calibration: {chat: 3}", "true or false"),
+        (MINIMAL + "calibration: {first_token_weight: 0}", "first_token_weight"),
+        (MINIMAL + "transform: smoth", "did you mean 'smooth'"),
+        (MINIMAL + "transform: {name: smooth, alfa: 1}", "did you mean 'alpha'"),
+        (MINIMAL + "transform: {name: smooth, alpha: 2}", "alpha must be between 0 and 1"),
+        (MINIMAL + "transform: {name: smooth, samples: 0}", "samples must be a positive"),
+        (MINIMAL + "transform: {alpha: 0.5}", "with `name`"),
         ('layers: [{match: "*", weight: int9}]', "int9"),
         ('layers: [{match: "*", weigth: int4}]', "did you mean 'weight'"),
         ("stages: []", "posttrain run"),
@@ -64,3 +70,7 @@ def test_options_override_the_recipe():
     recipe = load_recipe("w4a16").override("rtn", samples=3, text=None)
     assert recipe.solver.name == "rtn" and recipe.calibration.samples == 3
     assert recipe.calibration.window == load_recipe("w4a16").calibration.window
+    assert recipe.transform.name == "smooth" and recipe.calibrated
+    plain = recipe.override(transform="none")
+    assert plain.transform is None and not plain.calibrated
+    assert parse_recipe(MINIMAL + "transform: none", "mine.yaml").transform is None

@@ -164,6 +164,21 @@ def test_linears_with_one_input_share_their_moments():
     torch.testing.assert_close(collector.of("o").gram, rows.T @ rows)
 
 
+@pytest.mark.parametrize("weight", [1.0, 64.0])
+def test_the_first_token_of_a_window_counts_as_often_as_asked(weight):
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(8, 4), torch.randn(3, 5, 8)
+    collector = MomentCollector({"a": linear}, first_token_weight=weight)
+    with collector.listening():
+        linear(x[:2])
+        linear(x[2:])
+    counts = torch.ones(3, 5)
+    counts[:, 0] = weight
+    expected = torch.einsum("bti,btj,bt->ij", x, x, counts)
+    torch.testing.assert_close(collector.of("a").gram, expected)
+    assert collector.of("a").tokens == counts.sum()
+
+
 def test_options_are_checked_by_name():
     assert make_solver("gptq", actorder=True) == GPTQ(actorder=True)
     assert set(SOLVERS) == {"rtn", "mse", "gptq"}

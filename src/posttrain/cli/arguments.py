@@ -128,7 +128,7 @@ def add_text_options(parser: Parser) -> None:
         "--text",
         metavar="FILE",
         help="text to score: .txt, .md or .jsonl, also with .gz, or a corpus name "
-        "(default: python-docs, Python's own language reference, evaluation half)",
+        "(default: python-docs, Python's own language reference, evaluation part)",
     )
     group.add_argument(
         "--window", metavar="N", type=count, default=512, help="tokens the model sees at a time"

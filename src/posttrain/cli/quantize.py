@@ -37,16 +37,22 @@ def arguments(parser: Parser) -> None:
         metavar="NAME",
         help="how codes are chosen: rtn, mse or gptq (default: the recipe's)",
     )
+    add(
+        "--transform",
+        metavar="NAME",
+        help="what makes the weights easier to quantize first: smooth or none (default: the "
+        "recipe's)",
+    )
     add_progress_option(parser)
     group = parser.add_argument_group(
-        "calibration text, for recipes and solvers that look at activations"
+        "calibration text, for transforms and solvers that look at activations"
     )
     add = group.add_argument
     add(
         "--calibration",
         metavar="FILE",
-        help="text file, JSONL or corpus name (default: the recipe's, else python-docs, "
-        "calibration half)",
+        help="text file, JSONL or corpus name (default: the recipe's, else prose+python-docs: "
+        "prose written for this package, and part of Python's language reference)",
     )
     add("--samples", metavar="N", type=count, help="calibration windows (default: the recipe's)")
     add("--window", metavar="N", type=count, help="tokens in each (default: the recipe's)")

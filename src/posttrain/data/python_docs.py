@@ -1,4 +1,4 @@
-"""The default corpus: the language reference that every Python carries in ``pydoc_data.topics``.
+"""The corpus ``python-docs``: the language reference every Python has in ``pydoc_data.topics``.
 
 It needs no network and no download. Its topics overlap heavily (a long topic repeats the short
 ones), so paragraphs are deduplicated first; what is left, about 370,000 characters or 90,000
@@ -62,7 +62,7 @@ def _topics() -> dict[str, str]:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise UserError(
-            "the default text python-docs is Python's own pydoc_data.topics, which this Python "
+            "the corpus python-docs is Python's own pydoc_data.topics, which this Python "
             "was installed without; name a text file instead (.txt, .md, .jsonl)"
         ) from error
     return topics

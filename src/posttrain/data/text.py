@@ -1,8 +1,8 @@
 """Text for calibration and evaluation: where it comes from and how it becomes token windows.
 
 A file is ``.txt`` or ``.md`` (one document) or ``.jsonl`` (one document a line, in the field
-``text`` or, for chats, ``messages``), each also as ``.gz``, in UTF-8. ``python-docs`` is the
-corpus that needs no file.
+``text`` or, for chats, ``messages``), each also as ``.gz``, in UTF-8. A corpus needs no file; two
+are joined by a plus sign.
 """
 
 import gzip
@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from posttrain.data.prose import prose
 from posttrain.data.python_docs import python_docs
 from posttrain.errors import UserError
 
@@ -23,8 +24,11 @@ Split = Literal["evaluation", "calibration"]
 Message = dict[str, Any]
 Document = str | list[Message]
 
-DEFAULT_CORPUS = "python-docs"
-CORPORA = {DEFAULT_CORPUS: python_docs}  # name -> documents of a split
+CORPORA = {"python-docs": python_docs, "prose": prose}  # name -> documents of a split
+DEFAULT_CORPUS: dict[Split, str] = {
+    "evaluation": "python-docs",
+    "calibration": "prose+python-docs",
+}
 SEPARATOR = "\n\n"
 
 # A prefix of the text is enough when few tokens are asked for: with this many characters for
@@ -58,16 +62,18 @@ class Text:
 
 
 def load_text(where: str | Path | None = None, split: Split = "evaluation") -> Text:
-    """The text of a corpus (``None``: python-docs) or of a file.
+    """The text of a corpus (``None``: the default one of the split) or of a file.
 
-    ``split`` chooses the half of a corpus; a file is taken whole. Raises UserError for a file
+    ``split`` chooses the part of a corpus; a file is taken whole. Raises UserError for a file
     that is missing, empty, of another type, not UTF-8, or has a malformed row.
     """
     if split not in ("evaluation", "calibration"):
         raise UserError(f'split must be "evaluation" or "calibration", not {split!r}')
-    name = str(where or DEFAULT_CORPUS)
-    if name in CORPORA:
-        return Text.of(f"{name} ({split})", list(CORPORA[name](split)))
+    name = str(where or DEFAULT_CORPUS[split])
+    corpora = name.split("+")
+    if set(corpora) <= set(CORPORA):
+        documents: list[Document] = [d for corpus in corpora for d in CORPORA[corpus](split)]
+        return Text.of(f"{name} ({split})", documents)
     return Text.of(name, _read_file(Path(name).expanduser()))
 
 

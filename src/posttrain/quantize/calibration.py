@@ -11,20 +11,20 @@ from torch import nn
 
 @dataclass
 class InputMoments:
-    """Sum of x x^T over tokens: `gram` is [in, in] float32, `tokens` counts them.
+    """Weighted sum of x x^T over tokens: `gram` is [in, in] float32, `tokens` sums the weights.
 
     `memo` keeps what a solver derives from them, for the linears that share this input.
     """
 
     gram: torch.Tensor
-    tokens: int = 0
+    tokens: float = 0
     memo: dict[Any, Any] = field(default_factory=dict)
 
-    def add(self, x: torch.Tensor) -> None:
-        """Add the rows of x [..., in]."""
+    def add(self, x: torch.Tensor, weight: float = 1.0) -> None:
+        """Add the rows of x [..., in], each `weight` times."""
         rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
-        self.gram.addmm_(rows.T, rows)
-        self.tokens += rows.shape[0]
+        self.gram.addmm_(rows.T, rows, alpha=weight)
+        self.tokens += weight * rows.shape[0]
 
 
 @dataclass
@@ -35,10 +35,14 @@ class MomentCollector:
         linears: full name -> module.
         prepare: full name -> what is done to an input before it counts (activation
             quantization), so that the solver minimises the error of the product that will run.
+        first_token_weight: how often the first token of each window counts. Most heads attend to
+            it whatever else they see (an attention sink: Xiao et al. 2023, arXiv:2309.17453), so an
+            error in its value reaches every token, while it is one token among hundreds here.
     """
 
     linears: Mapping[str, nn.Module]
     prepare: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
+    first_token_weight: float = 1.0
     moments: dict[str, InputMoments] = field(default_factory=dict)
     owner: dict[str, str] = field(default_factory=dict)
 
@@ -73,7 +77,10 @@ class MomentCollector:
         if name not in self.moments:
             self.moments[name] = InputMoments(torch.zeros(x.shape[-1], x.shape[-1]))
         prepare = self.prepare.get(name)
-        self.moments[name].add(prepare(x) if prepare else x)
+        x = prepare(x) if prepare else x
+        self.moments[name].add(x)
+        if x.ndim == 3:  # [batch, window, in]; a routed expert sees tokens without a position
+            self.moments[name].add(x[:, 0], self.first_token_weight - 1)
 
     def of(self, name: str) -> InputMoments | None:
         """Moments of the input of linear `name`; None if it never ran."""

@@ -50,7 +50,7 @@ class Job:
     @property
     def calibrated(self) -> bool:
         """Whether block inputs flow through the model while it is quantized."""
-        return self.settings.solver.calibrated
+        return self.settings.calibrated
 
     @property
     def batch(self) -> int:
@@ -83,7 +83,7 @@ def prepare(
         if pattern not in TIED_WITH_EMBEDDING:
             say(f"{pattern!r} in the recipe matches no layer of this model")
     windows, text = torch.empty(0, settings.calibration.window, dtype=torch.long), None
-    if settings.solver.calibrated:
+    if settings.calibrated:
         windows, text = _calibration_windows(source, settings.calibration, seed)
     shapes = {name: _stored_shape(target) for name, target in flat.items()}
     return Job(
@@ -118,7 +118,12 @@ def _calibration_windows(
     source: Source, settings: Calibration, seed: int
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     text = load_text(settings.text, split="calibration")
-    windows = token_windows(text, source.tokenizer(), settings.window, chat=settings.chat)
+    try:
+        tokenizer = source.tokenizer()
+    except UserError as error:
+        fix = "add it, or look at no text with --solver rtn --transform none"
+        raise UserError(f"{error}; {fix}") from None
+    windows = token_windows(text, tokenizer, settings.window, chat=settings.chat)
     if len(windows) < settings.samples:
         say(
             f"calibration text {text.name} has {len(windows)} windows of {settings.window} tokens, "
@@ -170,15 +175,15 @@ def demand(job: Job) -> Demand:
     outside = [source.nbytes(name) for name in job.stream.outside]
     running = job.calibrated
     gram = 4 * max((shape[1] ** 2 for shape in linears), default=0)
+    gram *= job.settings.solver.calibrated
     cache = 4 * job.windows.numel() * source.config.get_text_config().hidden_size
     return Demand(
         outside=_kept_bytes(source, job.stream.outside),
         embed=2 * sum(outside) if running else 0,
         block=4 * max(_weights(source, names) for names in blocks),
         stored=2 * max(_weights(source, names) for names in blocks),
-        solve=SOLVE_BYTES[job.settings.solver.name] * max(planned.values(), default=0)
-        + (10 * gram if running else 0),
-        statistics=3 * gram if running else 0,
+        solve=SOLVE_BYTES[job.settings.solver.name] * max(planned.values(), default=0) + 10 * gram,
+        statistics=3 * gram,
         activations=cache if cache <= job.budget else 0,
         forward=4 * 6 * job.batch * calibration.window * widest if running else 0,
     )

@@ -2,6 +2,7 @@
 
     for each decoder block:
         load it from disk
+        transform it, function preserved                                   (recipes that say so)
         capture what its linears see, under the already quantized prefix   (calibrated solvers)
         solve each linear, put a QuantLinear in its place
         run the quantized block to get the next block's inputs             (calibrated solvers)
@@ -15,7 +16,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from posttrain.quantize.progress import MEASURED, Progress, finished_result, ope
 from posttrain.quantize.recipe import load_recipe
 from posttrain.quantize.solvers import RTN, Log, Problem
 from posttrain.quantize.stream import COMPUTE_DTYPE
+from posttrain.quantize.transforms import Smoothing
 
 SNAPSHOT_SECONDS = 30.0  # between snapshots of in-memory block inputs
 
@@ -49,6 +51,7 @@ def quantize(
     recipe: str | Path = "w6a8",
     out: str | Path,
     solver: str | None = None,
+    transform: str | None = None,
     calibration: str | None = None,
     samples: int | None = None,
     window: int | None = None,
@@ -66,7 +69,8 @@ def quantize(
         recipe: name of a shipped recipe, or path of a YAML file.
         out: directory to write; an interrupted identical run in it is continued.
         solver: overrides the recipe's solver ("rtn", "mse", "gptq").
-        calibration: text file or corpus name the solver calibrates on.
+        transform: overrides the recipe's transform ("smooth", "none").
+        calibration: text file or corpus name that transform and solver look at.
         samples: calibration windows.
         window: tokens per calibration window.
         chat: apply the chat template to calibration records with messages.
@@ -84,7 +88,7 @@ def quantize(
         UserError: bad model, recipe, text or output directory; a layer no rule covers.
     """
     settings = load_recipe(recipe).override(
-        solver, text=calibration, samples=samples, window=window, chat=chat
+        solver, transform, text=calibration, samples=samples, window=window, chat=chat
     )
     memory = PeakMemory()
     with memory:
@@ -167,23 +171,51 @@ def _quantize_block(
     planned = [layer for layer in job.targets[name] if layer in job.layers]
     tensors: dict[str, torch.Tensor] = {}
     records = []
+    calibrated = job.settings.solver.calibrated
     with job.stream.loaded(index), _replaced(job.stream.model) as replace:
-        moments = _capture(job, index, planned, inputs) if inputs is not None else {}
+        changed = _transform(job, index, planned, inputs, log) if inputs is not None else []
+        moments = _capture(job, index, planned, inputs) if inputs is not None and calibrated else {}
         shared = _shared_factors(job, planned)
         for layer in planned:
             stored, record, qweight = _solve(job, layer, moments.get(layer), log, shared[layer])
             tensors |= stored
-            records.append(record)
-            if inputs is not None:
+            records.append(record | {"smoothed": f"{layer}.weight" in changed})
+            if calibrated:
                 target = job.target(layer)
                 replace(layer, target, job.layers[layer], qweight, _bias(job.stream.model, target))
-        if inputs is not None:
+        if inputs is not None and calibrated:
             _advance(job, index, inputs)
-    tensors |= _kept(job, job.stream.tensors(name), planned)
+        tensors |= _kept(job, job.stream.tensors(name), planned, changed)
     job.writer.write_shard(index + 1, tensors)
     del tensors
     trim()
     return records
+
+
+def _transform(
+    job: Job, index: int, planned: list[str], inputs: ActivationStore, log: Log
+) -> list[str]:
+    """Smooth the block; names of the parameters changed.
+
+    A solver that sees no text leaves it at that: the block's own outputs, seen on the way, are the
+    next block's inputs.
+    """
+    smooth, solver = job.settings.transform, job.settings.solver
+    if smooth is None:
+        return []
+    name, block = job.stream.blocks[index]
+    modules = {f"{name}.{local}": module for local, module in block.named_modules()}
+    smoothing = Smoothing(smooth, job.stream.model, modules)
+    sample = inputs.get(0, 1)
+    seen = min(smooth.samples, len(job.windows)) if solver.calibrated else len(job.windows)
+    with smoothing.watching():
+        for start in range(0, seen, job.batch):
+            output = job.stream.run(index, inputs.get(start, start + job.batch))
+            if not solver.calibrated:
+                inputs.put(start, output)
+    if not solver.calibrated:
+        inputs.advance()
+    return smoothing.fold(planned, job.source.dtype, lambda: job.stream.run(index, sample), log)
 
 
 def _capture(
@@ -200,7 +232,8 @@ def _capture(
         for name in linears
         if job.layers[name].input is not None
     }
-    collector = MomentCollector(linears, prepare)
+    weight = job.settings.calibration.first_token_weight
+    collector = MomentCollector(linears, prepare, weight)
     for start in range(0, len(job.windows), job.batch):
         with collector.listening():
             job.stream.run(index, inputs.get(start, start + job.batch))
@@ -298,14 +331,21 @@ def _replaced(model: nn.Module) -> Iterator[Callable[[str, Target, LayerPlan, QT
             model.set_submodule(name, module)
 
 
-def _kept(job: Job, names: list[str], quantized: list[str]) -> dict[str, torch.Tensor]:
-    """The tensors that stay in full precision, as they are stored."""
+def _kept(
+    job: Job, names: list[str], quantized: list[str], changed: Sequence[str] = ()
+) -> dict[str, torch.Tensor]:
+    """The tensors that stay in full precision, as they are stored; `changed` come from the model."""
     covered = {
         parameter for name in quantized for parameter in job.target(name).parameters.values()
     }
     kept: dict[str, torch.Tensor] = {}
     for name in names:
-        if name not in covered:
+        if name in covered:
+            continue
+        if name in changed:
+            tensor = job.stream.model.get_parameter(name).detach()
+            kept[name] = tensor.to(job.source.dtype(name))
+        else:
             kept |= job.writer.kept_tensors(job.source.read([name]))
     return kept
 

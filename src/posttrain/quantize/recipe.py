@@ -1,5 +1,6 @@
-"""Quantization recipes: a Plan, a solver and the calibration text, as YAML a user can edit."""
+"""Quantization recipes: Plan, transform, solver, calibration text, as YAML a user can edit."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -10,9 +11,11 @@ import yaml
 from posttrain.errors import UserError, did_you_mean
 from posttrain.models.plan import Plan
 from posttrain.quantize.solvers import Solver, make_solver
+from posttrain.quantize.transforms import Smooth, make_transform
 
 SHIPPED = files("posttrain") / "recipes"
-KEYS = ("name", "description", "layers", "ignore", "solver", "calibration")
+NO_TRANSFORM = "none"
+KEYS = ("name", "description", "layers", "ignore", "transform", "solver", "calibration")
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,15 @@ class Calibration:
         samples: windows drawn from it.
         window: tokens per window.
         chat: render JSONL `messages` with the model's chat template.
+        first_token_weight: how often the first token of a window counts for solvers that use second
+            moments (see `calibration.MomentCollector`).
     """
 
     text: str | None = None
     samples: int = 128
     window: int = 512
     chat: bool = False
+    first_token_weight: float = 64.0
 
 
 @dataclass(frozen=True)
@@ -39,26 +45,40 @@ class QuantRecipe:
     name: str
     plan: Plan
     solver: Solver
+    transform: Smooth | None = None
     description: str = ""
     calibration: Calibration = field(default_factory=Calibration)
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether it has to see text."""
+        return self.solver.calibrated or self.transform is not None
+
     def override(
-        self, solver: str | dict[str, Any] | None = None, **calibration: Any
+        self,
+        solver: str | dict[str, Any] | None = None,
+        transform: str | dict[str, Any] | None = None,
+        **calibration: Any,
     ) -> "QuantRecipe":
         """A copy with the options that are not None put in place."""
+        changed: dict[str, Any] = {}
+        if solver is not None:
+            changed["solver"] = _made(make_solver, solver, "the option --solver")
+        if transform is not None:
+            changed["transform"] = _transform(transform, "the option --transform")
         given = {key: value for key, value in calibration.items() if value is not None}
         settings = _calibration({**_as_dict(self.calibration), **given}, "the options given")
-        chosen = self.solver if solver is None else _solver(solver, "the option --solver")
-        return replace(self, solver=chosen, calibration=settings)
+        return replace(self, calibration=settings, **changed)
 
     def to_dict(self) -> dict[str, Any]:
         """The YAML shape of this recipe."""
-        solver = {"name": self.solver.name, **_as_dict(self.solver)}
+        transform = self.transform
         return {
             "name": self.name,
             "description": self.description,
             **self.plan.to_dict(),
-            "solver": solver,
+            "transform": transform and {"name": transform.name, **_as_dict(transform)},
+            "solver": {"name": self.solver.name, **_as_dict(self.solver)},
             "calibration": _as_dict(self.calibration),
         }
 
@@ -102,7 +122,8 @@ def parse_recipe(text: str, where: str) -> QuantRecipe:
         name=str(data.get("name", Path(where).stem)),
         description=str(data.get("description", "")).strip(),
         plan=_plan({key: data[key] for key in ("layers", "ignore") if key in data}, where),
-        solver=_solver(data.get("solver", "rtn"), f"{where}: solver"),
+        transform=_transform(data.get("transform"), f"{where}: transform"),
+        solver=_made(make_solver, data.get("solver", "rtn"), f"{where}: solver"),
         calibration=_calibration(data.get("calibration") or {}, f"{where}: calibration"),
     )
 
@@ -114,12 +135,17 @@ def _plan(data: dict[str, Any], where: str) -> Plan:
         raise UserError(f"{where}: {error}") from None
 
 
-def _solver(value: Any, where: str) -> Solver:
+def _transform(value: Any, where: str) -> Smooth | None:
+    return None if value in (None, NO_TRANSFORM) else _made(make_transform, value, where)
+
+
+def _made(make: Callable[..., Any], value: Any, where: str) -> Any:
+    """What `make` builds from a name, or from a mapping with `name` and options."""
     options = {"name": value} if isinstance(value, str) else value
     if not isinstance(options, dict) or "name" not in options:
         raise UserError(f"{where}: expected a name or a mapping with `name`, found {value!r}")
     try:
-        return make_solver(**options)
+        return make(**options)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -132,6 +158,9 @@ def _calibration(data: Any, where: str) -> Calibration:
         value = data.get(key, 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{where}: {key} must be a positive whole number, found {value!r}")
+    weight = data.get("first_token_weight", 1)
+    if not isinstance(weight, (int, float)) or isinstance(weight, bool) or weight < 1:
+        raise UserError(f"{where}: first_token_weight must be 1 or more, found {weight!r}")
     if not isinstance(data.get("chat", False), bool):
         raise UserError(f"{where}: chat must be true or false, found {data['chat']!r}")
     return Calibration(**data)

@@ -54,7 +54,8 @@ class BlockStream:
 
     @torch.no_grad()
     def embed(self, windows: torch.Tensor, batch: int, store: ActivationStore | None) -> None:
-        """Learn how blocks are called, and fill `store` with the first block's inputs.
+        """Learn how blocks are called with `batch` samples, with the rest that is left over and
+        with one, and fill `store` with the first block's inputs.
 
         Args:
             windows: token ids [samples, window].
@@ -71,6 +72,8 @@ class BlockStream:
                 store.put(start, self._record(tokens))
             elif len(tokens) not in self._call:
                 self._record(tokens)
+        if 1 not in self._call:
+            self._record(windows[:1])
         if store is not None:
             store.advance()
         for name in needed:
@@ -85,7 +88,7 @@ class BlockStream:
                 return recorder.hidden
         raise UserError(
             f"cannot stream {type(self.model).__name__} block by block: its blocks change the "
-            "shape of the hidden states; use --solver rtn, which needs no calibration"
+            "shape of the hidden states; --solver rtn --transform none needs no text to run through it"
         )
 
     @torch.no_grad()

@@ -1,0 +1,281 @@
+"""Function-preserving changes of a block that make it easier to quantize.
+
+For a linear y = W x and any positive d, one factor per input channel,
+
+    W x = (W diag(d)) (x / d)
+
+and x / d costs nothing at run time where x is made by something that can be divided instead: the
+norm in front of q/k/v and of gate/up, and the rows of the up projection that a gated MLP multiplies
+into the input of its down projection. `Smooth` takes
+
+    d = rms(x)^alpha / absmax(W)^(1 - alpha)      rms over calibration tokens, absmax over rows of W
+
+which moves the size of loud channels out of the input, where one scale serves all channels of a
+token. SmoothQuant (Xiao et al. 2022, arXiv:2211.10438) has absmax(x) in place of rms(x); a few
+massive tokens would dictate it.
+
+A norm's weight is divided in the precision it is stored in, and d is what came out of that, so the
+stored model is exactly the one that was measured.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from posttrain.errors import UserError, did_you_mean
+
+# Leaf names (a, b) where b reads act(...) * a(...): dividing the rows of a divides the input of b.
+GATED_LEAVES = (("up_proj", "down_proj"), ("w3", "w2"))
+TOLERANCE = 1e-3  # relative change of a block's output that float32 arithmetic explains
+
+
+@dataclass(frozen=True)
+class Smooth:
+    """Per-channel rescaling between linears and what feeds them.
+
+    Args:
+        alpha: 0 evens out the columns of the weight, 1 the channels of the input.
+        samples: calibration windows it looks at (at most what the recipe draws).
+    """
+
+    name: ClassVar[str] = "smooth"
+    alpha: float = 0.5
+    samples: int = 16
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
+        if not number or not 0 <= self.alpha <= 1:
+            raise UserError(f"alpha must be between 0 and 1; found {self.alpha!r}")
+        count = isinstance(self.samples, int) and not isinstance(self.samples, bool)
+        if not count or self.samples < 1:
+            raise UserError(f"samples must be a positive whole number; found {self.samples!r}")
+
+    def factors(self, rms: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+        """d [in], with geometric mean 1."""
+        d = self.alpha * _log(rms) - (1 - self.alpha) * _log(absmax)
+        return (d - d.mean()).exp()
+
+
+def _log(x: torch.Tensor) -> torch.Tensor:
+    """Logarithm, with silent channels at a floor far below the mean."""
+    return x.clamp_min(1e-5 * float(x.mean()) or 1.0).log()
+
+
+TRANSFORMS: dict[str, type[Smooth]] = {Smooth.name: Smooth}
+
+
+def make_transform(name: str, **options: Any) -> Smooth:
+    """The transform called `name` with its options checked; UserError with the nearest match."""
+    if name not in TRANSFORMS:
+        known_names = [*TRANSFORMS, "none"]
+        raise UserError(f"unknown transform {name!r}{did_you_mean(name, known_names)}")
+    known = TRANSFORMS[name].__dataclass_fields__
+    for option in options:
+        if option not in known:
+            hint = did_you_mean(option, known) or f"; it has no option {option!r}"
+            raise UserError(f"unknown option {option!r}{hint}")
+    return TRANSFORMS[name](**options)
+
+
+@dataclass
+class Fold:
+    """What changes together: `producer` is divided by d, the columns of `consumers` multiplied.
+
+    producer: full name of a norm, or of a linear whose rows are divided.
+    energy: sum of squares of each channel that the consumers read, over `tokens` tokens.
+    """
+
+    producer: str
+    consumers: list[str]
+    energy: torch.Tensor
+    tokens: int = 0
+
+    def parameters(self, model: nn.Module) -> list[str]:
+        """Full names of the parameters it changes."""
+        names = [f"{self.producer}.weight", *(f"{name}.weight" for name in self.consumers)]
+        biased = _has_bias(model.get_submodule(self.producer))
+        return names + ([f"{self.producer}.bias"] if biased else [])
+
+
+@dataclass
+class Smoothing:
+    """`Smooth` at work on one decoder block, whose modules are given by full name.
+
+    A norm feeds a linear when the linear is called with the very tensor that the norm returned.
+    """
+
+    smooth: Smooth
+    model: nn.Module
+    modules: dict[str, nn.Module]
+    folds: dict[str, Fold] = field(default_factory=dict)  # by producer
+    _of: dict[str, Fold | None] = field(default_factory=dict)  # by consumer
+    _made: dict[str, torch.Tensor] = field(default_factory=dict)  # by norm, in the first forward
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Learn from every forward of the block inside this context."""
+        handles: list[Any] = []
+        for name, module in self.modules.items():
+            if isinstance(module, nn.Linear):
+                handles.append(module.register_forward_pre_hook(self._reads(name)))
+            elif _is_vector_module(module):
+                handles.append(module.register_forward_hook(self._returns(name)))
+        try:
+            yield
+        finally:
+            self._made.clear()
+            for handle in handles:
+                handle.remove()
+
+    def _returns(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            self._made.setdefault(name, output)  # kept alive, so that identity is not fooled
+
+        return hook
+
+    def _reads(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0]
+            if name not in self._of:
+                self._of[name] = self._fold_of(name, x)
+            fold = self._of[name]
+            if fold is not None and fold.consumers[0] == name:
+                rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
+                fold.energy += rows.square().sum(0)
+                fold.tokens += rows.shape[0]
+
+        return hook
+
+    def _fold_of(self, consumer: str, x: torch.Tensor) -> Fold | None:
+        producer = next((name for name, made in self._made.items() if made is x), None)
+        producer = producer or self._gate_partner(consumer)
+        if producer is None:
+            return None
+        fold = self.folds.setdefault(producer, Fold(producer, [], torch.zeros(x.shape[-1])))
+        fold.consumers.append(consumer)
+        return fold
+
+    def _gate_partner(self, consumer: str) -> str | None:
+        parent, _, leaf = consumer.rpartition(".")
+        for up, down in GATED_LEAVES:
+            if leaf == down and isinstance(self.modules.get(f"{parent}.{up}"), nn.Linear):
+                return f"{parent}.{up}"
+        return None
+
+    def fold(
+        self,
+        planned: list[str],
+        stored: Callable[[str], torch.dtype],
+        output: Callable[[], torch.Tensor],
+        log: Callable[[str], None],
+    ) -> list[str]:
+        """Change the block; the full names of the parameters changed.
+
+        Args:
+            planned: linears that will be quantized. Nothing else is multiplied or divided row by
+                row: what is stored unquantized keeps its precision.
+            stored: dtype in which a parameter that stays unquantized will be stored.
+            output: the block's output on a sample; what moves it is undone and logged.
+            log: where a fold that had to be undone is named.
+        """
+        ready = [fold for fold in self.folds.values() if self._allowed(fold, set(planned))]
+        reference = output()
+        undo = [self._apply(fold, stored) for fold in ready]
+        if ready and not _same(output(), reference):
+            for revert in reversed(undo):
+                revert()
+            ready = [fold for fold in ready if self._keeps(fold, stored, output, reference, log)]
+        return [name for fold in ready for name in fold.parameters(self.model)]
+
+    def _allowed(self, fold: Fold, planned: set[str]) -> bool:
+        producer: Any = self.model.get_submodule(fold.producer)
+        if fold.tokens == 0 or not set(fold.consumers) <= planned:
+            return False
+        if isinstance(producer, nn.Linear):
+            return fold.producer in planned
+        return _norm_offset(producer) is not None
+
+    def _keeps(
+        self,
+        fold: Fold,
+        stored: Callable[[str], torch.dtype],
+        output: Callable[[], torch.Tensor],
+        reference: torch.Tensor,
+        log: Callable[[str], None],
+    ) -> bool:
+        revert = self._apply(fold, stored)
+        kept = _same(output(), reference)
+        if not kept:
+            revert()
+            log(f"{fold.producer}: not smoothed, something besides linears reads its output")
+        return kept
+
+    def _apply(self, fold: Fold, stored: Callable[[str], torch.dtype]) -> Callable[[], None]:
+        """Fold once; the returned function takes it back."""
+        linears: list[Any] = [self.model.get_submodule(name) for name in fold.consumers]
+        absmax = torch.stack([linear.weight.abs().amax(0) for linear in linears]).amax(0)
+        d = self.smooth.factors((fold.energy / fold.tokens).sqrt(), absmax)
+        producer: Any = self.model.get_submodule(fold.producer)
+        before = producer.weight.data, producer.bias.data if _has_bias(producer) else None
+        if isinstance(producer, nn.Linear):
+            producer.weight.data = before[0] / d[:, None]
+        else:
+            d = _divide_norm(producer, d, stored(f"{fold.producer}.weight"))
+        if before[1] is not None:
+            dtype = stored(f"{fold.producer}.bias")
+            producer.bias.data = (before[1] / d).to(dtype).to(before[1].dtype)
+        for linear in linears:
+            linear.weight.data.mul_(d)
+
+        def revert() -> None:
+            producer.weight.data = before[0]
+            if before[1] is not None:
+                producer.bias.data = before[1]
+            for linear in linears:
+                linear.weight.data.div_(d)
+
+        return revert
+
+
+def _has_bias(module: Any) -> bool:
+    return getattr(module, "bias", None) is not None
+
+
+def _divide_norm(norm: Any, d: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+    """Divide what the norm returns by d, in the precision it is stored in; the d that came out."""
+    offset = _norm_offset(norm)
+    assert offset is not None
+    old = norm.weight.data + offset
+    norm.weight.data = (old / d - offset).to(stored).to(old.dtype)
+    new = norm.weight.data + offset
+    return torch.where((old != 0) & (new != 0), old / new, d)
+
+
+def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return bool((x - y).norm() <= TOLERANCE * y.norm())
+
+
+def _is_vector_module(module: nn.Module) -> bool:
+    """Whether it has no children and no parameters but a vector `weight` and maybe a `bias`."""
+    own = dict(module.named_parameters(recurse=False))
+    vector = "weight" in own and set(own) <= {"weight", "bias"} and own["weight"].ndim == 1
+    return vector and not list(module.children())
+
+
+def _norm_offset(norm: Any) -> float | None:
+    """c where the norm multiplies by (c + weight): 0, or 1 for Gemma's; None for something else."""
+    weight = norm.weight.data
+    probe = torch.linspace(-1, 1, len(weight), dtype=weight.dtype)[None]
+    bias = norm.bias.data if _has_bias(norm) else 0.0
+    try:
+        for offset in (0.0, 1.0):
+            norm.weight.data = torch.full_like(weight, -offset)
+            if not (norm(probe) - bias).any():
+                return offset
+    finally:
+        norm.weight.data = weight
+    return None

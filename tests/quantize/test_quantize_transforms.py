@@ -1,0 +1,149 @@
+"""Smoothing: the function stays, the rounding error falls, and nothing else is touched."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from posttrain.errors import UserError
+from posttrain.models.load import load
+from posttrain.quantize import quantize
+from posttrain.quantize.transforms import Smooth, Smoothing
+
+CALIBRATION = {"samples": 6, "window": 32, "calibration": None}
+# One weight a group: each is stored exactly, up to the rounding of one float32 product.
+LOSSLESS = 'layers: [{match: "*", weight: int8 | fp32/g1}]\nignore: [lm_head, "*.gate"]\n'
+A8 = 'layers: [{match: "*", weight: int8 | fp32/g1, input: int8h | fp32/row}]\n'
+# Of the linears of a block: q, k, v, gate and up by their norms, down by the rows of up.
+FAMILIES = {
+    "Llama": ({}, 6),
+    "Qwen2": ({}, 6),  # biases
+    "Qwen3": ({"head_dim": 8}, 6),  # norms of queries and keys
+    "Gemma2": ({"head_dim": 8, "sliding_window": 8}, 6),  # norms that multiply by 1 + weight
+    "Phi3": ({"pad_token_id": 0}, 2),  # fused projections: no rows of their own for `up`
+    "Mixtral": ({"num_local_experts": 4}, 3),  # experts read the norm too, so it stays
+    "Olmo2": ({}, 2),  # norms after the blocks: gated MLP alone
+    "GPTNeoX": ({}, 2),  # LayerNorm with a bias
+    "StableLm": ({"use_qkv_bias": True}, 6),
+}
+TOKENS = torch.randint(3, 49152, (2, 25), generator=torch.Generator().manual_seed(0))
+
+
+def loud(folder, dtype=torch.float32):
+    """Give the norms of a checkpoint weights of their own, a few of them loud."""
+    generator = torch.Generator().manual_seed(1)
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if tensor.ndim == 1 and "norm" in name:
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+                tensor[::11] *= 20
+            tensors[name] = tensor.to(dtype)
+        save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+def logits(folder):
+    with torch.no_grad():
+        return load(folder, dtype=torch.float32)(TOKENS).logits
+
+
+def distance(folder, reference):
+    expected = logits(reference)
+    return (logits(folder) - expected).norm() / expected.norm()
+
+
+def run(model, recipe, tmp_path, name="out"):
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(recipe)
+    return quantize(model, recipe=path, out=tmp_path / name, progress=False, **CALIBRATION)
+
+
+CASES = [(family, "rtn") for family in FAMILIES] + [("Llama", "gptq"), ("Mixtral", "gptq")]
+
+
+@pytest.mark.parametrize(("family", "solver"), CASES)
+def test_the_function_is_preserved(family, solver, tiny, tmp_path):
+    changes, smoothed = FAMILIES[family]
+    model = loud(tiny(family, **changes))
+    result = run(model, LOSSLESS + f"transform: smooth\nsolver: {solver}\n", tmp_path)
+    assert sum(layer["smoothed"] for layer in result["layers"]) == 3 * smoothed
+    assert distance(tmp_path / "out", model) < 1e-5
+
+
+def test_norms_stored_in_bfloat16_are_divided_exactly(tiny, tmp_path):
+    model = loud(tiny("Llama", dtype="bfloat16"), torch.bfloat16)
+    run(model, LOSSLESS + "transform: smooth\n", tmp_path)
+    assert distance(tmp_path / "out", model) < 1e-5
+
+
+def test_loud_channels_cost_less_when_smoothed(tiny, tmp_path):
+    model = loud(tiny("Llama"))
+    recipe = A8 + "ignore: [lm_head]\n"
+    run(model, recipe, tmp_path, "plain")
+    run(model, recipe + "transform: {name: smooth, alpha: 0.9}\n", tmp_path, "smooth")
+    assert distance(tmp_path / "smooth", model) < 0.6 * distance(tmp_path / "plain", model)
+
+
+class Shared(nn.Module):
+    """A block whose first norm is read by a linear and, when `leak`, by the residual too."""
+
+    def __init__(self, leak: bool) -> None:
+        super().__init__()
+        self.leak = leak
+        self.one, self.two = nn.RMSNorm(16), nn.RMSNorm(16)
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.one(x)
+        x = x + self.a(y) + (y if self.leak else 0)
+        return x + self.b(self.two(x))
+
+
+@pytest.mark.parametrize("leak", [False, True])
+def test_a_norm_that_something_else_reads_is_left_alone_and_said(leak):
+    torch.manual_seed(0)
+    block, said = Shared(leak), []
+    sample = torch.randn(4, 16) * torch.linspace(0.1, 9, 16)
+    before = {name: p.detach().clone() for name, p in block.named_parameters()}
+    smoothing = Smoothing(Smooth(), block, dict(block.named_modules()))
+    with torch.no_grad(), smoothing.watching():
+        expected = block(sample)
+    with torch.no_grad():
+        changed = smoothing.fold(
+            ["a", "b"], lambda name: torch.float32, lambda: block(sample), said.append
+        )
+        torch.testing.assert_close(block(sample), expected)
+    assert set(changed) == ({"two.weight", "b.weight"} if leak else
+                            {"one.weight", "a.weight", "two.weight", "b.weight"})  # fmt: skip
+    assert [line.partition(":")[0] for line in said] == (["one"] if leak else [])
+    for name, parameter in block.named_parameters():
+        same = torch.allclose(parameter, before[name], rtol=1e-5)
+        assert same == (name not in changed)
+
+
+def test_a_linear_that_stays_in_full_precision_is_not_rescaled(tiny, tmp_path):
+    model = loud(tiny("Llama"))
+    ignored = 'ignore: [lm_head, "*.q_proj", "*.k_proj", "*.v_proj", "*.gate_proj", "*.up_proj"]\n'
+    recipe = A8 + ignored + "transform: smooth\n"
+    result = run(model, recipe, tmp_path)
+    assert not any(layer["smoothed"] for layer in result["layers"])
+
+
+def test_a_model_without_tokenizer_is_told_what_to_do(tiny, tmp_path):
+    model = tiny("Llama")
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="--transform none"):
+        quantize(model, recipe="w8a8", out=tmp_path / "out", progress=False)
+    quantize(model, recipe="w8a8", transform="none", out=tmp_path / "out", progress=False)
+
+
+def test_the_factors_balance_what_alpha_says():
+    rms, absmax = torch.tensor([1.0, 4.0, 16.0]), torch.tensor([2.0, 1.0, 4.0])
+    even = Smooth(alpha=1.0).factors(rms, absmax)
+    torch.testing.assert_close(rms / even, torch.full((3,), 4.0))
+    flat = Smooth(alpha=0.0).factors(rms, absmax)
+    torch.testing.assert_close(absmax * flat, torch.full((3,), 2.0))
+    half = Smooth(alpha=0.5).factors(rms, absmax)
+    torch.testing.assert_close((absmax * half) / (rms / half), torch.full((3,), 0.5))
+    assert Smooth().factors(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])).isfinite().all()
