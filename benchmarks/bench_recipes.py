@@ -50,9 +50,8 @@ def main() -> None:
     text, calibration = _local(args.text, "evaluation"), _local(args.calibration, "calibration")
     runs = list(RUNS)
     if calibration is not None:
-        runs.append(
-            (f"w4a16 gptq on {Path(calibration).stem}", "w4a16", ("--calibration", calibration))
-        )
+        name = f"w4a16 gptq on {args.calibration.parent.name}"
+        runs.append((name, "w4a16", ("--calibration", calibration)))
     made = {name: _quantize(name, recipe, options) for name, recipe, options in runs}
     shown = {_folder(name): name for name in made}
     options = {"text": text, "window": 512, "max_tokens": 512 * args.windows}
