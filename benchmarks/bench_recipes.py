@@ -2,8 +2,8 @@
 
     python benchmarks/bench_recipes.py [--text FILE] [--calibration FILE] [--windows 64]
 
-Recipes run as shipped, unless the name of a row says what differs: no smoothing, or `on FILE`,
-calibrated on the given text instead of the default one.
+Recipes run as shipped, unless the name of a row says what differs: no smoothing, another solver, or
+`on NAME`, calibrated on the given text instead of the default one.
 
 Writes results/demo-recipes.json. `rows` pairs each result with the full-precision model on the
 same tokens; `gptq_against_rtn` pairs GPTQ with rounding at the same 4-bit format. The peer rows
@@ -27,8 +27,10 @@ from posttrain.models.load import load
 PLAIN = ("--transform", "none")
 RUNS = [  # (name, recipe, options)
     ("w8a8", "w8a8", ()),
-    ("w8a8 unsmoothed", "w8a8", PLAIN),
+    ("w8a8-portable", "w8a8-portable", ()),
+    ("w8a8-portable unsmoothed", "w8a8-portable", PLAIN),
     ("w6a8", "w6a8", ()),
+    ("w6a8 rtn", "w6a8", ("--solver", "rtn")),
     ("w6a8 unsmoothed", "w6a8", PLAIN),
     ("w4a16 rtn unsmoothed", "w4a16", ("--solver", "rtn", *PLAIN)),
     ("w4a16 rtn", "w4a16", ("--solver", "rtn")),

@@ -160,7 +160,10 @@ def test_a_job_runs_and_then_has_nothing_to_do(tiny_model, folder, capsys):
 def test_ctrl_c_says_how_to_go_on_and_the_next_run_does(tiny_model, folder):
     Path("job.yaml").write_text(RECIPE.format(model=tiny_model, tokens=12000))
     command = [sys.executable, "-m", "posttrain", "run", "job.yaml", "-o", "out", "--json"]
+    # Shells start background jobs with interrupts ignored, and children would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("[2/4]"):

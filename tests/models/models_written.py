@@ -11,6 +11,7 @@ import torch
 from posttrain.models.checkpoint import CheckpointWriter
 from posttrain.models.experts import stored_shape
 from posttrain.models.plan import Plan
+from posttrain.models.rotation import rotate
 from posttrain.models.source import Source, open_source
 from posttrain.models.walk import decoder_blocks, quantizable, skeleton
 from posttrain.numbers import quantize
@@ -72,6 +73,7 @@ def writer_for(
             weight = tensors.pop(target.parameters["weight"])
             weight = weight.transpose(-1, -2).contiguous() if target.transposed else weight
             bias = tensors.pop(target.parameters["bias"]) if "bias" in target.parameters else None
+            weight = rotate(weight) if layers[name].rotate else weight
             stored |= writer.module_tensors(name, quantize(weight, layers[name].weight), bias)
         shards.append(stored | writer.kept_tensors(tensors))
     shards.append(writer.kept_tensors(source.read(left)))

@@ -19,7 +19,7 @@ from models_written import (
 from safetensors import safe_open
 
 from posttrain.errors import UserError
-from posttrain.models import experts
+from posttrain.models import experts, native
 from posttrain.models.checkpoint import MARKER, CheckpointWriter, choose_format
 from posttrain.models.linear import QuantLinear
 from posttrain.models.load import load
@@ -97,6 +97,7 @@ def written(tmp_path_factory, llama):
         out = folder / slug(source.name, weight, inputs)
         writers[source.name, weight, inputs] = write(source, out, rules(weight, inputs))
     writers["mixed"] = write(llama, folder / "mixed", MIXED)
+    writers["rotated"] = write(llama, folder / "rotated", ROTATED)
     writers["16 bits"] = write_kept_in_16_bits(llama, folder / "sixteen")
     theirs = [w.out_dir for w in writers.values() if w.format.name == "compressed-tensors"]
     ours = [w.out_dir for w in writers.values() if w.format.name == "posttrain"]
@@ -112,6 +113,16 @@ MIXED = Plan.from_dict(
             {"match": "*.down_proj", "weight": "int8 | fp32/row", "input": A8},
         ],
         "ignore": ["model.layers.0.self_attn.*"],
+    }
+)
+
+
+ROTATED = Plan.from_dict(
+    {
+        "layers": [
+            {"match": "*", "weight": "int6 | fp16/g64", "input": A8, "rotate": True},
+            {"match": "*.o_proj", "weight": "int6 | fp16/g64", "input": A8},
+        ]
     }
 )
 
@@ -161,6 +172,25 @@ def test_what_they_cannot_say_loads_after_import_posttrain(written, llama, weigh
     assert re.search(why, writer.format.reason)
     check_same(writer, written[1], llama, 0.9)
     assert read_config(writer.out_dir)["quantization_config"]["version"] == 1
+
+
+def test_rotated_layers_load_after_import_posttrain(written, llama):
+    writer = written[0]["rotated"]
+    assert "do not rotate" in writer.format.reason
+    check_same(writer, written[1], llama, 0.1)
+    groups = read_config(writer.out_dir)["quantization_config"]["groups"]
+    turned = [name for group in groups if group.get("rotate") for name in group["modules"]]
+    assert len(groups) == 2 and not any("o_proj" in name for name in turned)
+    assert sum(m.layer.rotate for m in load(writer.out_dir).modules() if isinstance(m, QuantLinear)
+               ) == len(turned)  # fmt: skip
+
+
+def test_an_unknown_rotation_is_refused(written, tmp_path):
+    config = read_config(written[0]["rotated"].out_dir)["quantization_config"]
+    turned = next(group for group in config["groups"] if "rotate" in group)
+    turned["rotate"] = "hadamard.v9"
+    with pytest.raises(UserError, match="unknown rotation 'hadamard.v9'"):
+        native.read_config(config, "somewhere")
 
 
 @pytest.mark.parametrize(("weight", "inputs"), BF16)

@@ -88,8 +88,11 @@ def test_idle_patterns_are_those_that_match_nothing():
     ["w6g64", "nf4-dq", "nvfp4", "int4z | fp16/g32", "int8 | fp32/row^0.15 * fp32/col^0.85"],
 )
 @pytest.mark.parametrize("inputs", [None, "a8", "mxfp8"])
-def test_the_dictionary_form_round_trips(weight, inputs):
-    made = plan({"match": "*", "weight": weight, "input": inputs}, ignore=("lm_head",))
+@pytest.mark.parametrize("rotate", [False, True])
+def test_the_dictionary_form_round_trips(weight, inputs, rotate):
+    rule = {"match": "*", "weight": weight, "input": inputs, "rotate": rotate}
+    made = plan(rule, ignore=("lm_head",))
+    assert made.resolve(["a"])["a"].rotate == rotate
     assert Plan.from_dict(made.to_dict()) == made
     assert Plan.from_dict(made.to_dict()).to_dict() == made.to_dict()
 
@@ -111,6 +114,7 @@ def test_the_dictionary_form_round_trips(weight, inputs):
         ({"layers": [{"match": "*", "weight": "w6g46"}]}, r"(?s)layers\[0\]\.weight: .*'w6g64'"),
         ({"layers": [{**ALL_W6, "input": "int8 | fp32/rwo"}]}, r"(?s)\.input: .*rwo.*'row'"),
         ({"layers": [{**ALL_W6, "input": "int8@sr | fp32/row"}]}, "rounds by chance"),
+        ({"layers": [{**ALL_W6, "rotate": 64}]}, "rotate must be true or false; found 64"),
         ({"layers": [ALL_W6], "ignore": "lm_head"}, "ignore must be a list"),
         ({"layers": [ALL_W6], "ignore": [3]}, "ignore must hold name patterns; found 3"),
     ],

@@ -71,6 +71,24 @@ def test_the_function_is_preserved(family, solver, tiny, tmp_path):
     assert distance(tmp_path / "out", model) < 1e-5
 
 
+@pytest.mark.parametrize("family", ["Llama", "Phi3", "GPTNeoX"])
+@pytest.mark.parametrize("options", ["", "transform: smooth", "solver: gptq"])
+def test_rotated_layers_compute_the_same(family, options, tiny, tmp_path):
+    model = loud(tiny(family, **FAMILIES[family][0]))
+    recipe = LOSSLESS.replace("/g1}", "/g1, rotate: true}") + options
+    result = run(model, recipe, tmp_path)
+    assert all(layer["rotated"] for layer in result["layers"])
+    assert distance(tmp_path / "out", model) < 1e-5
+
+
+def test_rotation_spreads_loud_channels(tiny, tmp_path):
+    model = loud(tiny("Llama"))
+    run(model, A8 + "ignore: [lm_head]\n", tmp_path, "plain")
+    rotated = A8.replace("/row}", "/row, rotate: true}") + "ignore: [lm_head]\n"
+    run(model, rotated, tmp_path, "rotated")
+    assert distance(tmp_path / "rotated", model) < 0.8 * distance(tmp_path / "plain", model)
+
+
 def test_norms_stored_in_bfloat16_are_divided_exactly(tiny, tmp_path):
     model = loud(tiny("Llama", dtype="bfloat16"), torch.bfloat16)
     run(model, LOSSLESS + "transform: smooth\n", tmp_path)

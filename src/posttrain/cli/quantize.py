@@ -1,8 +1,8 @@
 """make a model smaller: quantize its linear layers and write a checkpoint
 
 Streams the model block by block from disk, so that memory stays far below the model's size, and
-writes a Hugging Face directory. Plain `transformers` with the package compressed-tensors loads
-it; formats that package lacks (nf4) load after `import posttrain`. Killed at any moment, the same
+writes a Hugging Face directory. `transformers` loads it after `import posttrain`; what the package
+compressed-tensors can read (w8a8-portable, the 4-bit recipes but nf4) loads without. Killed at any moment, the same
 command continues where it was and ends with the same bytes.
 
 examples:

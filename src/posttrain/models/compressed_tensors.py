@@ -84,6 +84,8 @@ def express(layer: LayerPlan, shape: tuple[int, ...]) -> Scheme:
         raise NotExpressible("experts kept as one 3-D parameter have no module it could target")
     if layer.branches:
         raise NotExpressible("it knows no additive branches")
+    if layer.rotate:
+        raise NotExpressible("its readers do not rotate inputs")
     inputs = None if layer.input is None else _input_args(layer.input, shape[1])
     row = BLOCK_FORMATS.get(chain(layer.weight))
     if row is not None:

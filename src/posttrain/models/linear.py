@@ -2,7 +2,7 @@
 
     y = F.linear(Q_x(x), W) + bias + sum_b branch_b(x),      W = decode(codes) * scale
 
-x is [..., in], W is [out, in]. Two ways of computing the product live side by side:
+x is [..., in], W is [out, in]. A layer that rotates has H x for x here, and stores W H for W. Two ways of computing the product live side by side:
 
 - `forward` ("dequantize"): the product of the dequantized operands in the compute dtype. In float32
   it is bitwise what compressed-tensors computes for the same checkpoint.
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from posttrain.errors import UserError
 from posttrain.models import native
 from posttrain.models.plan import LayerPlan
+from posttrain.models.rotation import rotate
 from posttrain.numbers import QTensor, Spec, fake_quantize, quantize
 
 RESIDENT = ("packed", "dequantized")
@@ -128,7 +129,7 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight [out, in] in the compute dtype."""
+        """The dequantized weight [out, in] in the compute dtype, rotated where the input is."""
         if self._dense is not None:
             return self._dense
         dense = self.qweight().dequantize(self.dtype)
@@ -146,9 +147,12 @@ class QuantLinear(nn.Module):
         self._resident = how
         self._dense = None
 
+    def rotated_input(self, x: Tensor) -> Tensor:
+        return rotate(x) if self.layer.rotate else x
+
     def quantized_input(self, x: Tensor) -> Tensor:
-        """x as the product sees it: snapped to the input format and back, dtype kept."""
-        spec = self.layer.input
+        """x as the product sees it: rotated, snapped to the input format and back, dtype kept."""
+        x, spec = self.rotated_input(x), self.layer.input
         return x if spec is None or x.numel() == 0 else fake_quantize(x, spec)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,7 +167,7 @@ class QuantLinear(nn.Module):
         """
         if self.layer.input is None:
             raise UserError("integer_forward needs an input format such as 'int8h | fp32/row'")
-        qx = quantize(x.reshape(-1, self.in_features), self.layer.input)
+        qx = quantize(self.rotated_input(x).reshape(-1, self.in_features), self.layer.input)
         y = integer_product(qx, self.qweight())
         if self.bias is not None:
             y = y + self.bias.to(torch.float32)
@@ -194,7 +198,7 @@ class QuantLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"weight={str(self.weight_spec)!r}, input={str(self.layer.input or '')!r}, "
-            f"bias={self.bias is not None}, {self._resident}"
+            f"rotate={self.layer.rotate}, bias={self.bias is not None}, {self._resident}"
         )
 
 

@@ -5,6 +5,9 @@ config.json holds `quantization_config`:
     {"quant_method": "posttrain", "version": 1, "layout": "bitstream.v1",
      "groups": [{"weight": "nf4 | fp32/flat64", "input": null, "modules": ["model.layers.0..."]}]}
 
+A group whose inputs are rotated also has `"rotate": "hadamard.v1"` (see `rotation`), and its weights
+are stored rotated.
+
 A quantized weight W is stored as `W_codes` (packed along the last axis, dtype uint8), one `W_scale_<i>`
 per factor of its Spec, finest first, in the dtype of the factor's grid, and `W_zero_point` (packed like
 the codes) where the grid has one. A factor that is itself quantized adds the same names to its own:
@@ -31,7 +34,8 @@ VERSION = 1
 LAYOUT = "bitstream.v1"
 CODES_SUFFIX = "_codes"
 CONFIG_KEYS = ("quant_method", "version", "layout", "groups")
-GROUP_KEYS = ("weight", "input", "modules")
+GROUP_KEYS = ("weight", "input", "modules", "rotate")
+ROTATION = "hadamard.v1"
 
 Shape = tuple[int, ...]
 
@@ -161,17 +165,18 @@ def quantization_config(
     layers: Mapping[str, LayerPlan], shapes: Mapping[str, Shape], model: nn.Module
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
-    groups: dict[tuple[str, str | None], list[str]] = {}
+    groups: dict[tuple[str, str | None, bool], list[str]] = {}
     for name, layer in layers.items():
-        key = (str(layer.weight), None if layer.input is None else str(layer.input))
-        groups.setdefault(key, []).append(name)
+        inputs = None if layer.input is None else str(layer.input)
+        groups.setdefault((str(layer.weight), inputs, layer.rotate), []).append(name)
     return {
         "quant_method": METHOD,
         "version": VERSION,
         "layout": LAYOUT,
         "groups": [
             {"weight": weight, "input": inputs, "modules": names}
-            for (weight, inputs), names in groups.items()
+            | ({"rotate": ROTATION} if rotate else {})
+            for (weight, inputs, rotate), names in groups.items()
         ],
     }
 
@@ -208,7 +213,11 @@ def _read_group(group: object, where: str) -> Iterator[tuple[str, LayerPlan]]:
         raise UserError(f"{where}: 'modules' must be a list of names; found {names!r}")
     weight = _read_spec(group.get("weight"), f"{where}.weight")
     inputs = group.get("input")
-    layer = LayerPlan(weight, None if inputs is None else _read_spec(inputs, f"{where}.input"))
+    spec = None if inputs is None else _read_spec(inputs, f"{where}.input")
+    rotation = group.get("rotate")
+    if rotation not in (None, ROTATION):
+        raise UserError(f"{where}: unknown rotation {rotation!r}; known: {ROTATION}")
+    layer = LayerPlan(weight, spec, rotate=rotation is not None)
     for name in names:
         yield name, layer
 

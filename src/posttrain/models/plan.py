@@ -5,7 +5,7 @@ writes in a recipe:
 
     layers:
       - {match: "*", weight: "int6 | fp16/g64", input: "int8h | fp32/row"}
-      - {match: "*.down_proj", weight: "int8 | fp16/g64", input: "int8h | fp32/row"}
+      - {match: "*.down_proj", weight: "int8 | fp16/g64", input: "int8h | fp32/row", rotate: true}
     ignore: ["model.layers.0.*"]
 
 `match` and `ignore` are shell globs over full module names (`*` also crosses dots). The last rule
@@ -24,7 +24,7 @@ from posttrain.errors import UserError, did_you_mean
 from posttrain.models.walk import fusion_groups
 from posttrain.numbers import Spec, spec
 
-RULE_KEYS = ("match", "weight", "input")
+RULE_KEYS = ("match", "weight", "input", "rotate")
 PLAN_KEYS = ("layers", "ignore")
 LISTED = 8  # names spelled out in an error before "and N more"
 
@@ -34,12 +34,14 @@ class LayerPlan:
     """What one layer stores and computes with.
 
     `weight`: how its weight is stored. `input`: how its input is quantized on the fly, or None for
-    inputs left alone. `branches`: additive side paths (see `linear.QuantLinear`).
+    inputs left alone. `branches`: additive side paths (see `linear.QuantLinear`). `rotate`: whether
+    the input is rotated first, and the weight stored rotated (see `rotation`).
     """
 
     weight: Spec | None
     input: Spec | None = None
     branches: tuple[Any, ...] = ()
+    rotate: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,11 @@ class Rule:
     match: str
     weight: Spec
     input: Spec | None = None
+    rotate: bool = False
 
     @property
     def layer(self) -> LayerPlan:
-        return LayerPlan(self.weight, self.input)
+        return LayerPlan(self.weight, self.input, rotate=self.rotate)
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,11 @@ class Plan:
         """The dictionary form: canonical spec texts, keys that are unset left out."""
         layers = []
         for rule in self.rules:
-            entry = {"match": rule.match, "weight": str(rule.weight)}
+            entry: dict[str, Any] = {"match": rule.match, "weight": str(rule.weight)}
             if rule.input is not None:
                 entry["input"] = str(rule.input)
+            if rule.rotate:
+                entry["rotate"] = True
             layers.append(entry)
         return {"layers": layers, "ignore": list(self.ignore)}
 
@@ -149,7 +154,10 @@ def _rule(entry: object, where: str) -> Rule:
     inputs = _spec(entry.get("input"), f"{where}.input")
     if inputs is not None and inputs.rounding == "sr":
         raise UserError(f"{where}.input: {inputs} rounds by chance, so no two runs would agree")
-    return Rule(match, weight, inputs)
+    rotate = entry.get("rotate", False)
+    if not isinstance(rotate, bool):
+        raise UserError(f"{where}.rotate must be true or false; found {rotate!r}")
+    return Rule(match, weight, inputs, rotate)
 
 
 def _spec(text: object, where: str) -> Spec | None:
@@ -190,17 +198,18 @@ def _check_fused(names: list[str], layers: Mapping[str, LayerPlan]) -> None:
 def _say(plan: LayerPlan | None) -> str:
     if plan is None:
         return "ignored"
-    return str(plan.weight) + (f" with input {plan.input}" if plan.input is not None else "")
+    inputs = f" with input {plan.input}" if plan.input is not None else ""
+    return f"{plan.weight}{inputs}{', rotated' if plan.rotate else ''}"
 
 
 def _check_experts(targets: Mapping[str, Any], layers: Mapping[str, LayerPlan]) -> None:
     bad = [
         name
         for name, layer in layers.items()
-        if getattr(targets[name], "kind", "linear") == "experts" and layer.input is not None
+        if getattr(targets[name], "kind", "linear") == "experts" and (layer.input or layer.rotate)
     ]
     if bad:
         raise UserError(
-            f"plan: {shorten(bad)} hold experts, whose inputs cannot be quantized; add a later "
-            f'rule without input for them, such as {{match: "{bad[0]}", weight: ...}}'
+            f"plan: {shorten(bad)} hold experts, whose inputs cannot be quantized or rotated; add "
+            f'a later rule without input and rotate for them, such as {{match: "{bad[0]}", weight: ...}}'
         )

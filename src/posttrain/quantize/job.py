@@ -162,6 +162,7 @@ def _fingerprint(source: Source, settings: QuantRecipe, seed: int, windows: torc
 # Bytes per weight that a solve holds beside the weight itself: scaled values, codes, the
 # dequantized copy and its error for rounding; the working copy, steps and codes for GPTQ.
 SOLVE_BYTES = {"rtn": 16, "mse": 28, "gptq": 40}
+ROTATED_BYTES = 4  # and of the rotated weight
 
 
 def demand(job: Job) -> Demand:
@@ -177,12 +178,14 @@ def demand(job: Job) -> Demand:
     gram = 4 * max((shape[1] ** 2 for shape in linears), default=0)
     gram *= job.settings.solver.calibrated
     cache = 4 * job.windows.numel() * source.config.get_text_config().hidden_size
+    rotated = any(layer.rotate for layer in job.layers.values())
+    solve = SOLVE_BYTES[job.settings.solver.name] + ROTATED_BYTES * rotated
     return Demand(
         outside=_kept_bytes(source, job.stream.outside),
         embed=2 * sum(outside) if running else 0,
         block=4 * max(_weights(source, names) for names in blocks),
         stored=2 * max(_weights(source, names) for names in blocks),
-        solve=SOLVE_BYTES[job.settings.solver.name] * max(planned.values(), default=0) + 10 * gram,
+        solve=solve * max(planned.values(), default=0) + 10 * gram,
         statistics=3 * gram,
         activations=cache if cache <= job.budget else 0,
         forward=4 * 6 * job.batch * calibration.window * widest if running else 0,

@@ -29,6 +29,7 @@ from posttrain import __version__
 from posttrain.models.checkpoint import write_json
 from posttrain.models.linear import QuantLinear
 from posttrain.models.plan import LayerPlan
+from posttrain.models.rotation import rotate
 from posttrain.models.shards import read_header
 from posttrain.models.walk import Target, assign, fusion_groups
 from posttrain.numbers import QTensor, fake_quantize, fit_scales, qsnr
@@ -227,17 +228,23 @@ def _capture(
         for name in planned
         if job.target(name).kind == "linear"
     }
-    prepare = {
-        name: lambda x, spec=job.layers[name].input: fake_quantize(x, spec)
-        for name in linears
-        if job.layers[name].input is not None
-    }
+    prepare = {name: _input_of(job.layers[name]) for name in linears}
     weight = job.settings.calibration.first_token_weight
     collector = MomentCollector(linears, prepare, weight)
     for start in range(0, len(job.windows), job.batch):
         with collector.listening():
             job.stream.run(index, inputs.get(start, start + job.batch))
     return {name: collector.of(name) for name in linears}
+
+
+def _input_of(layer: LayerPlan) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What the layer's product will see of an input."""
+
+    def seen(x: torch.Tensor) -> torch.Tensor:
+        x = rotate(x) if layer.rotate else x
+        return x if layer.input is None else fake_quantize(x, layer.input)
+
+    return seen
 
 
 def _shared_factors(job: Job, planned: list[str]) -> dict[str, dict[int, torch.Tensor]]:
@@ -251,7 +258,7 @@ def _shared_factors(job: Job, planned: list[str]) -> dict[str, dict[int, torch.T
         whole = [i for i, f in enumerate(spec.factors) if i and str(f.partition) == "tensor"]
         stored: tuple[Any, ...] = ()
         if whole and len(group) > 1:
-            weights = [_weight(job.stream.model, job.target(name)) for name in group]
+            weights = [_weight(job, name) for name in group]
             stored = fit_scales(torch.cat(weights, dim=-2), spec).stored
         for name in group:
             # Each layer stores its own copy: a checkpoint has no shared tensors.
@@ -279,7 +286,7 @@ def _solve(
     if solver.calibrated and target.kind != "linear":
         # A router decides which tokens an expert sees; its second moments are not gathered.
         solver = RTN()
-    weight = _weight(job.stream.model, target)
+    weight = _weight(job, name)
     qweight = solver.solve(
         Problem(weight, job.spec(name), moments, known or {}, lambda text: log(f"{name}: {text}"))
     )
@@ -289,6 +296,7 @@ def _solve(
         "shape": list(target.shape),
         "weight": str(layer.weight),
         "input": None if layer.input is None else str(layer.input),
+        "rotated": layer.rotate,
         "solver": solver.name,
         "qsnr": round(qsnr(weight, qweight.dequantize()), 4),
         "bits_per_weight": 8 * qweight.nbytes / weight.numel(),
@@ -297,10 +305,12 @@ def _solve(
     return stored, record, qweight
 
 
-def _weight(model: nn.Module, target: Target) -> torch.Tensor:
-    """The weight of a target in its stored shape."""
-    weight = model.get_parameter(target.parameters["weight"]).detach()
-    return weight.transpose(-1, -2).contiguous() if target.transposed else weight
+def _weight(job: Job, name: str) -> torch.Tensor:
+    """The weight of a layer as it is stored: the axis that products reduce over last, rotated."""
+    target = job.target(name)
+    weight = job.stream.model.get_parameter(target.parameters["weight"]).detach()
+    weight = weight.transpose(-1, -2).contiguous() if target.transposed else weight
+    return rotate(weight) if job.layers[name].rotate else weight
 
 
 def _bias(model: nn.Module, target: Target) -> torch.Tensor | None:
