@@ -2,8 +2,8 @@
 
 Streams the model block by block from disk, so that memory stays far below the model's size, and
 writes a Hugging Face directory. `transformers` loads it after `import posttrain`; what the package
-compressed-tensors can read (w8a8-portable, the 4-bit recipes but nf4) loads without. Killed at any moment, the same
-command continues where it was and ends with the same bytes.
+compressed-tensors can read (w8a8-portable, the 4-bit recipes but nf4) loads without. Killed at any
+moment, the same command continues where it was and ends with the same bytes.
 
 examples:
   posttrain quantize demo --recipe w6a8 -o small
