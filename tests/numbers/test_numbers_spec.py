@@ -67,6 +67,14 @@ def test_generated_specs_round_trip(value: Spec) -> None:
     assert str(Spec.parse(str(value))) == str(value)
 
 
+ALONE = [name for name, grid in GRIDS.items() if grid.kind != "pow2" and not grid.zero_point]
+
+
+@pytest.mark.parametrize("grid", ALONE)
+def test_a_grid_alone_round_trips_though_a_preset_has_its_name(grid: str) -> None:
+    assert Spec.parse(str(Spec(grid))) == Spec(grid)
+
+
 @given(st.floats(0.001, 0.999), st.sampled_from(["int4", "int8", "e4m3"]))
 def test_generated_powers_round_trip(power: float, grid: str) -> None:
     row, col = Partition.parse("row"), Partition.parse("col")

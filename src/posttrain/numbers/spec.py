@@ -109,7 +109,9 @@ class Spec:
         return _parse(text)
 
     def __str__(self) -> str:
-        rounding = "" if self.rounding == "rne" else f"@{self.rounding}"
+        # A grid alone whose name is also a preset's (nf4) must not read as the preset.
+        implied = self.rounding == "rne" and (self.factors or self.grid_name not in PRESETS)
+        rounding = "" if implied else f"@{self.rounding}"
         factors = " * ".join(map(str, self.factors))
         return f"{self.grid_name}{rounding}" + (f" | {factors}" if factors else "")
 
