@@ -148,6 +148,20 @@ def test_a_linear_that_stays_in_full_precision_is_not_rescaled(tiny, tmp_path):
     assert not any(layer["smoothed"] for layer in result["layers"])
 
 
+@pytest.mark.parametrize("solver", ["rtn", "gptq"])
+def test_it_looks_at_as_many_windows_as_asked(solver, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("posttrain.quantize.job.BATCH_TOKENS", 2 * 32)
+    model, written = loud(tiny("Llama")), {}
+    few = {"samples": 12, "window": 32, "calibration": None}
+    for samples in (1, 12, 99):
+        path = tmp_path / f"{samples}.yaml"
+        transform = f"transform: {{name: smooth, samples: {samples}}}\n"
+        path.write_text(LOSSLESS + transform + f"solver: {solver}\n")
+        quantize(model, recipe=path, out=tmp_path / f"{samples}", progress=False, **few)
+        written[samples] = load(tmp_path / f"{samples}").model.layers[0].input_layernorm.weight
+    assert torch.equal(written[12], written[99]) and not torch.equal(written[1], written[12])
+
+
 def test_a_model_without_tokenizer_is_told_what_to_do(tiny, tmp_path):
     model = tiny("Llama")
     (model / "tokenizer.json").unlink()

@@ -2,7 +2,8 @@
 
     y = F.linear(Q_x(x), W) + bias + sum_b branch_b(x),      W = decode(codes) * scale
 
-x is [..., in], W is [out, in]. A layer that rotates has H x for x here, and stores W H for W. Two ways of computing the product live side by side:
+x is [..., in], W is [out, in]; a layer that rotates has H x for x here, and stores W H for W. Two
+ways of computing the product live side by side:
 
 - `forward` ("dequantize"): the product of the dequantized operands in the compute dtype. In float32
   it is bitwise what compressed-tensors computes for the same checkpoint.

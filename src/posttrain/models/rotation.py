@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-LARGEST_BLOCK = 512  # beyond it a rotation costs more than it still brings
+LARGEST_BLOCK = 512  # bounds the work per channel
 
 
 def block_size(channels: int) -> int:

@@ -17,7 +17,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -208,12 +208,14 @@ def _transform(
     modules = {f"{name}.{local}": module for local, module in block.named_modules()}
     smoothing = Smoothing(smooth, job.stream.model, modules)
     sample = inputs.get(0, 1)
-    seen = min(smooth.samples, len(job.windows)) if solver.calibrated else len(job.windows)
-    with smoothing.watching():
-        for start in range(0, seen, job.batch):
+    for start in range(0, len(job.windows), job.batch):
+        watched = start < smooth.samples
+        if solver.calibrated and not watched:
+            break
+        with smoothing.watching() if watched else nullcontext():
             output = job.stream.run(index, inputs.get(start, start + job.batch))
-            if not solver.calibrated:
-                inputs.put(start, output)
+        if not solver.calibrated:
+            inputs.put(start, output)
     if not solver.calibrated:
         inputs.advance()
     return smoothing.fold(planned, job.source.dtype, lambda: job.stream.run(index, sample), log)

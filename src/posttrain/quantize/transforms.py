@@ -39,7 +39,8 @@ class Smooth:
 
     Args:
         alpha: 0 evens out the columns of the weight, 1 the channels of the input.
-        samples: calibration windows it looks at (at most what the recipe draws).
+        samples: calibration windows it looks at, rounded up to whole batches (at most what the
+            recipe draws).
     """
 
     name: ClassVar[str] = "smooth"
