@@ -55,22 +55,27 @@ def main() -> None:
         name = f"w4a16 gptq on {args.calibration.parent.name}"
         runs.append((name, "w4a16", ("--calibration", calibration)))
     made = {name: _quantize(name, recipe, options) for name, recipe, options in runs}
-    shown = {_folder(name): name for name in made}
+    shown = [*((_folder(name), name, facts) for name, facts in made.items()), *map(_peer, PEERS)]
+    models = ["demo", *(model for model, _, _ in shown)]
     options = {"text": text, "window": 512, "max_tokens": 512 * args.windows}
-    peers = [_peer(kind) for kind in PEERS]
-    rows, texts = [], None
-    for model, name, facts in [*((path, n, made[n]) for path, n in shown.items()), *peers]:
-        compared = posttrain.compare(["demo", model], generations=False, **options)
-        texts = compared["text"]
-        rows.append(_measured(compared, name) | facts)
+    compared = posttrain.compare(models, generations=False, **options)
+    rows = [
+        _measured(pair, model, name) | facts
+        for pair, model, (_, name, facts) in zip(
+            compared["pairs"], compared["models"][1:], shown, strict=True
+        )
+    ]
     rtn, gptq = _folder("w4a16 rtn"), _folder("w4a16 gptq")
     versus = posttrain.compare([rtn, gptq], generations=False, **options)
     write_result(
         "demo-recipes",
         {
             "rows": rows,
-            "gptq_against_rtn": [_measured(versus, "w4a16, gptq minus rtn")],
-            "text": texts,
+            "gptq_against_rtn": [
+                _measured(versus["pairs"][0], versus["models"][1], "w4a16, gptq minus rtn")
+            ],
+            "text": compared["text"],
+            "mode": compared["mode"],
             "windows": args.windows,
             "window": 512,
             "note": FOUR_BIT,
@@ -142,9 +147,7 @@ def _peer(kind: str) -> tuple[Any, str, dict[str, Any]]:
     return model, f"gguf {kind}, weights only", facts
 
 
-def _measured(compared: dict[str, Any], name: str) -> dict[str, Any]:
-    (pair,) = compared["pairs"]
-    model = compared["models"][1]
+def _measured(pair: dict[str, Any], model: dict[str, Any], name: str) -> dict[str, Any]:
     layers = model.get("layers") or []
     sizes = [layer["shape"][0] * layer["shape"][1] for layer in layers]
     found = {
