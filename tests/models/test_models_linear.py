@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from posttrain import kernels
 from posttrain.errors import UserError
 from posttrain.models import native
 from posttrain.models.linear import QuantLinear, integer_bound
@@ -200,3 +201,36 @@ def test_state_dict_fills_an_empty_layer(weight):
     x = random(3, 100, seed=8)
     assert torch.equal(empty(x), layer(x))
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+NATIVE = ["w8", "w6g64", "w4g32", "w4g64z", "mxfp4", "nvfp4", "nf4", "fp6", "w3g128"]
+
+
+@pytest.mark.skipif(not kernels.available(), reason=kernels.find().reason)
+@pytest.mark.parametrize("weight", NATIVE)
+@pytest.mark.parametrize("inputs", [None, "int8h | fp32/row"])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_native_layers_compute_the_same_product_and_give_their_codes_back(weight, inputs, rotated):
+    generator = torch.Generator().manual_seed(2)
+    q = quantize(torch.randn(50, 256, generator=generator), weight)
+    plan = LayerPlan(spec(weight), inputs and spec(inputs), rotate=rotated)
+    layer = QuantLinear.from_qtensor(q, plan, torch.randn(50, generator=generator))
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    for tokens in (0, 1, 5, 33):
+        x = torch.randn(2, tokens, 256, generator=generator)
+        layer.resident = "packed"
+        want, bound = layer(x), integer_bound(layer, x)
+        layer.resident = "native"
+        assert layer.implementation == kernels.isa()
+        # A rotation that rounds otherwise may move an activation by one code.
+        step = layer.rotated_input(x).abs().amax() / 127 if rotated and inputs and tokens else 0.0
+        slack = bound + step * q.dequantize().abs().amax()
+        assert ((layer(x) - want).abs() <= slack).all()
+        assert torch.equal(layer.qweight().codes, q.codes)
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+    after = layer.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    layer.to(torch.bfloat16)
+    assert layer(x.to(torch.bfloat16)).dtype == torch.bfloat16
+    layer.resident = "packed"
+    assert torch.equal(layer.state_dict()["weight_codes"], before["weight_codes"])

@@ -193,10 +193,24 @@ def _hardware() -> list[Check]:
     return [
         Check("processor", f"{cpu_name()}; {_cores()} cores{_threads()}"),
         Check("instructions", features),
+        _kernels(),
         _room("memory", memory.available, memory.total, LOW_MEMORY, "close other programs"),
         _room("disk here", disk.free, disk.total, LOW_DISK, "write to another disk with -o"),
         Check("graphics card", _graphics(), required=False),
     ]
+
+
+def _kernels() -> Check:
+    if version("torch") is None:
+        return Check("kernels", "unknown without PyTorch", False, False)
+    from posttrain import kernels
+
+    found = kernels.find()
+    if found.library is None:
+        value = f"none: models run through PyTorch alone, several times slower; {found.reason}"
+        return Check("kernels", value, False, False, found.fix)
+    others = ", ".join(kernels.isas()[1:])
+    return Check("kernels", f"{kernels.isa()}, {kernels.threads()} threads (also: {others})")
 
 
 def _room(name: str, free: float, total: float, low: float, fix: str) -> Check:

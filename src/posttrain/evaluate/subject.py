@@ -97,7 +97,7 @@ class Subject:
 
     def facts(self) -> dict[str, Any]:
         """Size and implementation of the open model."""
-        from posttrain.models.load import model_size
+        from posttrain.models.load import implementation, model_size
 
         info = dict(getattr(self.model, "posttrain", None) or {})
         if not {"bits_per_weight", "bytes"} <= info.keys():
@@ -131,12 +131,6 @@ class Subject:
         except ValueError as error:
             raise UserError(f"{path} is not JSON: {error}; quantize the model again") from error
         return found if isinstance(found, dict) else {}
-
-
-def implementation(model: torch.nn.Module) -> str:
-    """How the quantized linears of a model compute, or "torch" where it has none."""
-    names = {getattr(module, "implementation", None) for module in model.modules()}
-    return ", ".join(sorted(name for name in names if isinstance(name, str))) or "torch"
 
 
 def _dtype_name(dtype: Any) -> str:

@@ -2,34 +2,39 @@
 
     y = F.linear(Q_x(x), W) + bias + sum_b branch_b(x),      W = decode(codes) * scale
 
-x is [..., in], W is [out, in]; a layer that rotates has H x for x here, and stores W H for W. Two
+x is [..., in], W is [out, in]; a layer that rotates has H x for x here, and stores W H for W. Three
 ways of computing the product live side by side:
 
 - `forward` ("dequantize"): the product of the dequantized operands in the compute dtype. In float32
   it is bitwise what compressed-tensors computes for the same checkpoint.
 - `integer_forward`: integer codes multiplied with exact int32 accumulation inside each block of
   constant scale, then one float32 scale per block. Integer kernels have to match it bit by bit; it
-  differs from `forward` only by float32 rounding (bound: `integer_bound`).
+  differs from "dequantize" only by float32 rounding (bound: `integer_bound`).
+- the native kernels (`resident = "native"`): the same integers by the processor's own instructions,
+  from codes packed for them; formats that have no integers are multiplied in float32.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from posttrain import kernels
 from posttrain.errors import UserError
 from posttrain.models import native
 from posttrain.models.plan import LayerPlan
 from posttrain.models.rotation import rotate
 from posttrain.numbers import QTensor, Spec, fake_quantize, quantize
 
-RESIDENT = ("packed", "dequantized")
+RESIDENT = ("packed", "dequantized", "native")
 # Largest code magnitude times K that int32 accumulation of two 8-bit operands can hold.
 MAX_INT32_K = (2**31 - 1) // (255 * 255)
+_CODES = "weight" + native.CODES_SUFFIX
 
 
 class QuantLinear(nn.Module):
@@ -37,12 +42,12 @@ class QuantLinear(nn.Module):
 
     Buffers: `weight_codes` (uint8, packed), `weight_scale_0`, ... and `weight_zero_point`, named by
     `native.layout`; parameter `bias` (or None); `branches`, modules called with x whose results are
-    added. `resident` is "packed" (dequantize in every forward: least memory) or "dequantized" (keep
-    the dequantized weight too: fastest, same results bit for bit).
+    added. `resident` is "packed" (dequantize in every forward: least memory), "dequantized" (keep
+    the dequantized weight too: the same results bit for bit) or "native" (codes repacked for the
+    native kernels, which take their place: fastest; `packed` where there is no kernel).
     """
 
     bias: nn.Parameter | None
-    implementation = "dequantize"
 
     def __init__(
         self,
@@ -69,6 +74,7 @@ class QuantLinear(nn.Module):
         self.branches = nn.ModuleList(layer.branches)
         self._resident = "packed"
         self._dense: Tensor | None = None
+        self._kernel: _Kernel | None = None
 
     @classmethod
     def empty(
@@ -126,7 +132,16 @@ class QuantLinear(nn.Module):
 
     def qweight(self) -> QTensor:
         """The weight as codes and scales, unpacked."""
-        return native.unpack_qtensor("weight", self._buffers, self.weight_spec, self.shape)
+        return native.unpack_qtensor("weight", self._stored(), self.weight_spec, self.shape)
+
+    def _stored(self) -> dict[str, Tensor | None]:
+        """The buffers, with the codes back in their stored layout where a kernel has them."""
+        stored = dict(self._buffers)
+        if self._kernel is not None:
+            stored[_CODES] = native.pack_codes(
+                self._kernel.codes(self.weight_spec), self.weight_spec
+            )
+        return stored
 
     @property
     def weight(self) -> Tensor:
@@ -145,8 +160,30 @@ class QuantLinear(nn.Module):
     @resident.setter
     def resident(self, how: str) -> None:
         check_resident(how)
+        if self._kernel is not None and how != "native":
+            self._buffers[_CODES] = self._stored()[_CODES]
+            self._kernel = None
+        if how == "native" and self._kernel is None and self.no_kernel is None:
+            self._kernel = _Kernel(self)
+            self._buffers[_CODES] = torch.empty(0, dtype=torch.uint8)
         self._resident = how
         self._dense = None
+
+    @property
+    def no_kernel(self) -> str | None:
+        """Why this layer cannot run on the native kernels, or None where it can."""
+        found = kernels.find()
+        if found.library is None:
+            return found.reason
+        device = self._buffers[_CODES].device  # type: ignore[union-attr]
+        if device.type != "cpu":
+            return f"the native kernels run on processors; the weight is on {device}"
+        return kernels.unsupported(self.weight_spec, self.in_features)
+
+    @property
+    def implementation(self) -> str:
+        """What computes the product: an instruction set, or torch."""
+        return "dequantize" if self._kernel is None else kernels.isa()
 
     def rotated_input(self, x: Tensor) -> Tensor:
         return rotate(x) if self.layer.rotate else x
@@ -157,6 +194,8 @@ class QuantLinear(nn.Module):
         return x if spec is None or x.numel() == 0 else fake_quantize(x, spec)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._kernel is not None and not (torch.is_grad_enabled() and x.requires_grad):
+            return self._add_branches(self._kernel(x), x)
         y = F.linear(self.quantized_input(x), self.weight, self.bias)
         return self._add_branches(y, x)
 
@@ -180,8 +219,23 @@ class QuantLinear(nn.Module):
             y = y + branch(x)
         return y
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        own, self._buffers = self._buffers, self._stored()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self._buffers = own
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: memory that belongs to a kernel stays where it is, and is packed anew."""
+        return self.__dict__ | {"_buffers": self._stored(), "_kernel": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.resident = self._resident
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Move like any module, but a change of dtype changes the compute dtype, never the scales."""
+        resident = self._resident
+        self.resident = "packed"
         stored = {
             name: tensor.dtype for name, tensor in self._buffers.items() if tensor is not None
         }
@@ -192,7 +246,7 @@ class QuantLinear(nn.Module):
             if moved is not None and old is not None and moved.dtype != dtype:
                 self._buffers[name] = old.to(moved.device)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        self._dense = None
+        self.resident = resident
         return self
 
     def extra_repr(self) -> str:
@@ -201,6 +255,26 @@ class QuantLinear(nn.Module):
             f"weight={str(self.weight_spec)!r}, input={str(self.layer.input or '')!r}, "
             f"rotate={self.layer.rotate}, bias={self.bias is not None}, {self._resident}"
         )
+
+
+class _Kernel:
+    """A layer's weight in the kernels' layout, and its product."""
+
+    def __init__(self, layer: QuantLinear) -> None:
+        self.weight = kernels.PackedWeight.from_qtensor(layer.qweight(), layer.bias)
+        self.input = kernels.InputFormat.of(layer.layer.input, layer.layer.rotate)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.weight.shape[1])
+        (y,) = kernels.linear(flat, [self.weight], self.input)
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.weight.shape[0])
+
+    def codes(self, spec: Spec) -> Tensor:
+        """The codes as `QTensor` has them."""
+        codes = self.weight.codes()
+        if spec.grid.code_dtype == torch.int8:
+            codes = (codes - self.weight.struct.zero).view(torch.int8)
+        return codes
 
 
 def check_resident(how: str) -> None:

@@ -8,6 +8,7 @@ its place and every parameter its tensor.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain import kernels
 from posttrain.errors import UserError, did_you_mean
 from posttrain.models import compressed_reader, compressed_tensors, experts, native
 from posttrain.models.base import Source
@@ -32,8 +34,9 @@ def load(model: str | Path, *, dtype: str | torch.dtype = "auto", resident: str 
 
     model: a directory, hub id, .gguf file or "demo"; quantized or not.
     dtype: compute dtype: "auto" (what config.json says), "float32", "bfloat16" or "float16".
-    resident: "packed" keeps quantized weights packed (least memory); "dequantized" also keeps them
-        expanded after their first use (fastest; the same results bit for bit).
+    resident: "packed" keeps quantized weights packed and expands them for every product;
+        "dequantized" also keeps them expanded after their first use (the same results bit for bit);
+        "native" packs them for the native kernels (fastest; results differ by float32 rounding).
 
     Returns the transformers model in eval mode, with `.tokenizer` and `.posttrain`, a dictionary
     of `source`, `format`, `implementation`, `dtype`, `expanded_from` and `notes` (see `Source`),
@@ -47,6 +50,7 @@ def load(model: str | Path, *, dtype: str | torch.dtype = "auto", resident: str 
     source = open_source(model)
     loaded, how = _load(source, _dtype(dtype, source))
     set_resident(loaded, resident)
+    how["implementation"] = how["implementation"] or implementation(loaded)
     info: dict[str, Any] = {"source": source.name, **how, "dtype": _name(loaded.config.dtype)}
     info |= {"expanded_from": source.expanded_from, "notes": source.notes}
     loaded.posttrain = info | stored_size(source, loaded)
@@ -55,13 +59,26 @@ def load(model: str | Path, *, dtype: str | torch.dtype = "auto", resident: str 
 
 
 def set_resident(model: nn.Module, how: str) -> None:
-    """Choose where dequantized weights live, for all quantized layers (see `load`)."""
+    """Choose what all quantized layers keep in memory and compute with (see `load`)."""
     check_resident(how)
+    if how == "native" and not kernels.available():
+        found = kernels.find()
+        warnings.warn(
+            f"no native kernels, so PyTorch computes, several times slower: {found.reason}; "
+            f"fix: {found.fix}",
+            stacklevel=2,
+        )
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.resident = how
         for record in experts.records(module).values():
             record.keep, record.dense = how == "dequantized", None
+
+
+def implementation(model: nn.Module) -> str:
+    """What computes a model's quantized linears, or "torch" where it has none."""
+    names = {getattr(module, "implementation", None) for module in model.modules()}
+    return ", ".join(sorted(name for name in names if isinstance(name, str))) or "torch"
 
 
 def _load(source: Source, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
@@ -89,7 +106,7 @@ def _dispatch(source: Source, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
             return _load_foreign(source, method, dtype)
     else:
         return _load_foreign(source, method, dtype)
-    return model, {"format": method, "implementation": QuantLinear.implementation}
+    return model, {"format": method, "implementation": None}
 
 
 # ------------------------------------------------------------------------------ full precision

@@ -1,0 +1,42 @@
+"""The fast paths: native products for packed weights, on the best instruction set of the machine.
+
+Source in `native/` (C++, one file per instruction set, chosen at run time); `build` compiles it,
+`library` loads it, `packed` packs weights and multiplies. Beside every fast path stands a plain one:
+`models.linear` computes the same products in torch, and works where nothing could be compiled.
+"""
+
+from posttrain.kernels.library import (
+    allocate,
+    available,
+    find,
+    isa,
+    isas,
+    set_threads,
+    threads,
+    use,
+)
+from posttrain.kernels.packed import (
+    InputFormat,
+    PackedWeight,
+    linear,
+    quantize_input,
+    scale_width,
+    unsupported,
+)
+
+__all__ = [
+    "InputFormat",
+    "PackedWeight",
+    "allocate",
+    "available",
+    "find",
+    "isa",
+    "isas",
+    "linear",
+    "quantize_input",
+    "scale_width",
+    "set_threads",
+    "threads",
+    "unsupported",
+    "use",
+]

@@ -1,0 +1,185 @@
+"""The native library: found, checked and loaded once; its C structs; `isa` and `threads`.
+
+`$POSTTRAIN_NATIVE` names another library file, or "off" to do without. ctypes and a plain C interface
+instead of an extension module: a call costs 0.6 microseconds more, which a call per decode step
+does not feel, and one build serves every version of Python.
+"""
+
+import ctypes
+import os
+import warnings
+import weakref
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from posttrain.errors import UserError
+
+ABI = 1
+LIBRARY = Path(__file__).with_name("_native.so")
+BUILD = "python -m posttrain.kernels.build"
+STAGES = {"integer": 0, "lookup": 1, "table": 2, "float": 3}
+SCALE_TYPES = {"fp32": 0, "fp16": 1, "bf16": 2, "e4m3": 3, "e8m0": 4}
+STATUS = {
+    1: "shapes that do not fit together",
+    2: "a format it does not know",
+    3: "more memory than there is",
+}
+
+_i32, _i64, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+
+
+class Weight(ctypes.Structure):
+    """`pt_weight` of native/posttrain.h."""
+
+    _fields_ = [
+        *((name, _i32) for name in ("rows", "cols", "stage", "bits", "half", "group")),
+        ("scale_type", _i32),
+        ("zero", _i32),
+        ("multiplier", ctypes.c_float),
+        *((name, _pointer) for name in ("codes", "scales", "zeros", "lookup", "table", "bias")),
+    ]
+
+
+class Input(ctypes.Structure):
+    """`pt_input` of native/posttrain.h."""
+
+    _fields_ = [
+        *((name, _i32) for name in ("bits", "group", "lo", "hi", "scale_type", "rotate")),
+        ("top", ctypes.c_float),
+    ]
+
+
+_weights, _input, _pointers, _lengths = (
+    ctypes.POINTER(kind) for kind in (ctypes.POINTER(Weight), Input, _pointer, _i64)
+)
+_SIGNATURES = {
+    "pt_code_bytes": (_i64, [_i32, _i32, _i32]),
+    "pt_scale_count": (_i64, [_i32, _i32, _i32]),
+    "pt_pack_codes": (_i32, [_pointer, _i32, _i32, _i32, _pointer]),
+    "pt_unpack_codes": (_i32, [_pointer, _i32, _i32, _i32, _pointer]),
+    "pt_pack_floats": (_i32, [_pointer, _i32, _i32, _i32, _pointer]),
+    "pt_pack_scales": (_i32, [_pointer, _i32, _i32, _i32, _pointer]),
+    "pt_linear": (_i32, [_weights, _i32, _pointer, _i64, _i64, _input, _pointers, _lengths]),
+    "pt_quantize": (_i32, [_pointer, _i64, _i64, _i32, _input, _pointer, _pointer]),
+    "pt_rotate": (_i32, [_pointer, _i64, _i32]),
+    "pt_probe_bandwidth": (ctypes.c_double, [_pointer, _i64]),
+    "pt_probe_peak": (ctypes.c_double, [ctypes.c_double]),
+    "pt_sources": (ctypes.c_char_p, []),
+    "pt_isa": (ctypes.c_char_p, []),
+    "pt_isas": (ctypes.c_char_p, []),
+    "pt_use": (_i32, [ctypes.c_char_p]),
+    "pt_set_threads": (None, [_i32]),
+    "pt_threads": (_i32, []),
+    "pt_allocate": (_pointer, [_i64]),
+    "pt_free": (None, [_pointer, _i64]),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """The loaded library, or why there is none and what to do about it."""
+
+    library: ctypes.CDLL | None
+    reason: str = ""
+    fix: str | None = None
+
+
+@cache
+def find() -> Found:
+    """Load the library once per process. Never raises; a missing library has its reason."""
+    wanted = os.environ.get("POSTTRAIN_NATIVE", "")
+    if wanted == "off":
+        return Found(None, "switched off by POSTTRAIN_NATIVE=off", "unset POSTTRAIN_NATIVE")
+    path = Path(wanted) if wanted else LIBRARY
+    if not path.is_file():
+        return _missing(path)
+    try:
+        library = ctypes.CDLL(str(path))
+        abi = library.pt_abi()
+    except (OSError, AttributeError) as error:
+        return Found(None, f"{path} cannot be loaded ({error})", BUILD)
+    if abi != ABI:
+        return Found(None, f"{path} has interface {abi}, this posttrain needs {ABI}", BUILD)
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    _warn_if_stale(library)
+    return Found(library)
+
+
+def _missing(path: Path) -> Found:
+    from posttrain.kernels import build  # not above: it is also run as a program
+
+    try:
+        return Found(None, f"not built yet ({build.compiler()} is here to build them)", BUILD)
+    except build.BuildError as error:
+        return Found(None, f"{path.name} is missing and {error}", f"install g++, then {BUILD}")
+
+
+def _warn_if_stale(library: ctypes.CDLL) -> None:
+    from posttrain.kernels import build
+
+    if library.pt_sources().decode() != build.fingerprint():
+        warnings.warn(f"the native kernels are older than their sources; run {BUILD}", stacklevel=2)
+
+
+def native() -> ctypes.CDLL:
+    """The library. Raises UserError, with what to do, where there is none."""
+    found = find()
+    if found.library is None:
+        raise UserError(f"the native kernels are not available: {found.reason}; fix: {found.fix}")
+    return found.library
+
+
+def available() -> bool:
+    """Whether the native kernels can be used in this process."""
+    return find().library is not None
+
+
+def isas() -> list[str]:
+    """Instruction sets this library has and this processor runs, best first."""
+    return native().pt_isas().decode().split(",")  # type: ignore[no-any-return]
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return native().pt_isa().decode()  # type: ignore[no-any-return]
+
+
+def use(name: str = "") -> None:
+    """Run on the instruction set `name`, or on the best ("")."""
+    if not native().pt_use(name.encode()):
+        raise UserError(f"no kernels for {name!r} here; there are {', '.join(isas())}")
+
+
+def threads() -> int:
+    """Number of threads the kernels use."""
+    return int(native().pt_threads())
+
+
+def set_threads(count: int) -> None:
+    """Use `count` threads; 0 is one per processor this process may run on."""
+    if count < 0:
+        raise UserError(f"threads must be 0 (all processors) or more, not {count}")
+    native().pt_set_threads(count)
+
+
+def check(status: int, what: str) -> None:
+    """UserError unless a native function returned 0."""
+    if status:
+        raise UserError(f"the native kernels refused {what}: {STATUS.get(status, status)}")
+
+
+def allocate(nbytes: int) -> Tensor:
+    """uint8 [nbytes], not cleared, on 2 MiB pages where the system gives them."""
+    library = native()
+    address = library.pt_allocate(nbytes)
+    if not address:
+        raise MemoryError(f"no {nbytes} bytes for packed weights")
+    owner = (ctypes.c_uint8 * nbytes).from_address(address)
+    weakref.finalize(owner, library.pt_free, address, nbytes)
+    return torch.frombuffer(owner, dtype=torch.uint8)

@@ -1,0 +1,125 @@
+/* Which instruction set runs, decided by the processor at run time. */
+#include "dispatch.h"
+
+#include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include <mutex>
+#include <string>
+
+#include "threads.h"
+
+namespace {
+
+bool has_avx2() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return false;
+#endif
+}
+
+bool has_avx512() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni") && has_avx2();
+#else
+  return false;
+#endif
+}
+
+/* AMX tiles have to be asked for: Linux saves their state only for processes that did. */
+bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  static const bool granted = [] {
+    unsigned a, b, c, d;
+    if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    const unsigned tile = 1u << 24, int8 = 1u << 25; /* of EDX */
+    if (!(d & tile) || !(d & int8)) return false;
+    const long request = 0x1023 /* ARCH_REQ_XCOMP_PERM */, tile_data = 18;
+    return syscall(SYS_arch_prctl, request, tile_data) == 0;
+  }();
+  return granted;
+#else
+  return false;
+#endif
+}
+
+struct Choice {
+  const Kernels *(*kernels)();
+  bool (*present)();
+};
+
+bool always() { return true; }
+
+/* Best first. NEON's file is empty where the processor lacks what it needs. */
+const Choice choices[] = {
+    {amx_kernels, has_amx},
+    {avx512_kernels, has_avx512},
+    {avx2_kernels, has_avx2},
+    {neon_kernels, always},
+    {portable_kernels, always},
+};
+
+const Kernels *find(const char *name) {
+  for (auto &choice : choices) {
+    const Kernels *kernels = choice.kernels();
+    if (kernels && choice.present() && (!*name || !strcmp(name, kernels->name))) return kernels;
+  }
+  return nullptr;
+}
+
+const Kernels *active = nullptr;
+
+}  // namespace
+
+const Kernels &active_kernels() {
+  if (!active) active = find("");
+  return *active;
+}
+
+int32_t pt_abi(void) { return PT_ABI; }
+
+#ifndef PT_SOURCES
+#define PT_SOURCES ""
+#endif
+const char *pt_sources(void) { return PT_SOURCES; }
+
+const char *pt_isa(void) {
+  std::lock_guard<std::mutex> guard(engine_lock());
+  return active_kernels().name;
+}
+
+int32_t pt_use(const char *isa) {
+  std::lock_guard<std::mutex> guard(engine_lock());
+  const Kernels *found = find(isa);
+  if (found) active = found;
+  return found != nullptr;
+}
+
+const char *pt_isas(void) {
+  static const std::string names = [] {
+    std::string found;
+    for (auto &choice : choices) {
+      const Kernels *kernels = choice.kernels();
+      if (kernels && choice.present()) found += (found.empty() ? "" : ",") + std::string(kernels->name);
+    }
+    return found;
+  }();
+  return names.c_str();
+}
+
+void pt_set_threads(int32_t threads) {
+  std::lock_guard<std::mutex> guard(engine_lock());
+  set_thread_count(threads);
+}
+
+int32_t pt_threads(void) {
+  std::lock_guard<std::mutex> guard(engine_lock());
+  return thread_count();
+}

@@ -1,0 +1,249 @@
+/* pt_linear: quantize the activations once, divide the products among the threads. */
+#include <stdlib.h>
+#include <string.h>
+
+#include <numeric>
+#include <vector>
+
+#include "dispatch.h"
+#include "kernels.h"
+#include "threads.h"
+
+namespace {
+
+/* Up to this many tokens, unpacking inside the product beats unpacking first. */
+const int64_t kFewTokens = 8;
+const int64_t kFewestTokensPerShare = 32;
+const int64_t kTokenSlack = 32;
+
+/* Memory that only ever grows, for one call at a time (engine_lock). */
+class Buffer {
+ public:
+  template <class T>
+  T *get(int64_t count) {
+    int64_t bytes = (count * (int64_t)sizeof(T) + 63) / 64 * 64;
+    if (bytes > size_) {
+      free(data_);
+      data_ = aligned_alloc(64, bytes);
+      size_ = data_ ? bytes : 0;
+    }
+    return (T *)data_;
+  }
+
+ private:
+  void *data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+struct Workspace {
+  Buffer rotated, values, codes, scales, sums, scratch;
+};
+
+Workspace &workspace() {
+  static Workspace *space = new Workspace;
+  return *space;
+}
+
+int64_t group_of(int64_t group, int64_t cols) {
+  if (group <= 0 || group > cols) group = cols;
+  return group;
+}
+
+bool valid(const pt_weight &w) {
+  if (w.rows < 1 || w.cols < 1 || !w.codes) return false;
+  if (w.stage == PT_FLOAT) return w.bits == 16 || w.bits == 32;
+  if (w.bits < 2 || w.bits > 8 || (w.group < w.cols && w.group % 16)) return false;
+  if (w.stage == PT_LOOKUP) {
+    if (w.bits != 4 || !w.lookup || !w.table) return false;
+    for (int i = 0; i < 16; i++)
+      if (w.lookup[i] > 127) return false; /* as `dot` wants of all but 8-bit codes */
+    return true;
+  }
+  return w.stage == PT_INTEGER || (w.stage == PT_TABLE && w.table);
+}
+
+bool valid(const pt_input &in, int64_t cols) {
+  if (in.bits == 0) return true;
+  if (in.bits < 2 || in.bits > 8 || in.lo < -128 || in.hi > 127 || !(in.top > 0)) return false;
+  return in.group >= cols || (in.group > 0 && in.group % 16 == 0);
+}
+
+/* Columns on which every scale is constant; long rows are cut so that int32 sums cannot overflow. */
+int64_t segment_of(const pt_weight &w, int64_t x_group) {
+  int64_t cols = padded(w.cols), segment = w.group >= w.cols ? cols : w.group;
+  if (x_group < w.cols) segment = std::gcd(segment, x_group);
+  if (segment >= cols) segment = cols;
+  return segment > kLongestSegment ? std::gcd(segment, kLongestSegment) : segment;
+}
+
+template <class F>
+void for_token_blocks(int64_t tokens, F f) {
+  int64_t block = ceil_div(tokens, 4 * thread_count());
+  if (tokens < 8) block = tokens;
+  parallel_for(ceil_div(tokens, block), [&](int64_t item, int) {
+    int64_t first = item * block, last = first + block;
+    f(first, last < tokens ? last : tokens);
+  });
+}
+
+/* The activations of one call, prepared for weights whose segments are `segment` columns long. */
+class Prepared {
+ public:
+  Prepared(const Kernels &kernels, const float *x, int64_t ldx, int64_t tokens, int64_t cols,
+           const pt_input &in)
+      : kernels_(kernels), in_(in), x_(x), ldx_(ldx), tokens_(tokens), cols_(cols) {
+    if (!in.rotate) return;
+    float *rotated = workspace().rotated.get<float>(tokens * cols);
+    for_token_blocks(tokens, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; t++) {
+        memcpy(rotated + t * cols, x_ + t * ldx_, cols * sizeof(float));
+        kernels_.rotate(rotated + t * cols, cols);
+      }
+    });
+    x_ = rotated, ldx_ = cols;
+  }
+
+  /* For weights of `groups` groups of `group` columns. */
+  Activations quantized(int64_t segment, int64_t groups, int64_t group) {
+    Activations a{};
+    a.tokens = tokens_, a.stride = padded(cols_);
+    a.scale_group = group_of(in_.group, cols_);
+    a.scale_groups = ceil_div(cols_, a.scale_group);
+    a.segment = segment, a.segments = ceil_div(cols_, segment);
+    a.weight_groups = groups;
+    a.segments_per_group = ceil_div(group, segment);
+    a.segments_per_scale = ceil_div(a.scale_group, segment);
+    /* Tiles of tokens may read, and ignore, some beyond the last. */
+    a.codes = workspace().codes.get<int8_t>((tokens_ + kTokenSlack) * a.stride);
+    a.scales = workspace().scales.get<float>(tokens_ * a.scale_groups);
+    a.sums = workspace().sums.get<int32_t>(tokens_ * a.segments);
+    for_token_blocks(tokens_, [&](int64_t first, int64_t last) {
+      kernels_.quantize(x_, ldx_, cols_, in_, first, last, a);
+    });
+    return a;
+  }
+
+  /* As floats: the activations themselves, or what their codes stand for. */
+  Activations floats() {
+    Activations codes{};
+    if (in_.bits) codes = quantized(padded(cols_), 1, cols_);
+    Activations a{};
+    a.tokens = tokens_, a.stride = padded(cols_);
+    a.scale_group = cols_, a.scale_groups = 1;
+    if (!in_.bits && a.stride == cols_ && ldx_ == cols_) {
+      a.values = x_;
+      return a;
+    }
+    float *values = workspace().values.get<float>(tokens_ * a.stride);
+    a.values = values;
+    for_token_blocks(tokens_, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; t++) {
+        float *row = values + t * a.stride;
+        for (int64_t k = 0; k < cols_; k++)
+          row[k] = in_.bits ? codes.codes[t * a.stride + k] *
+                                  codes.scales[t * codes.scale_groups + k / codes.scale_group]
+                            : x_[t * ldx_ + k];
+        memset(row + cols_, 0, (a.stride - cols_) * sizeof(float));
+      }
+    });
+    return a;
+  }
+
+ private:
+  const Kernels &kernels_;
+  const pt_input &in_;
+  const float *x_;
+  int64_t ldx_, tokens_, cols_;
+};
+
+/* Products that share activations, as one list of items for the pool. */
+void multiply(const Kernels &kernels, const std::vector<Product> &products, int64_t tokens) {
+  bool few = tokens <= kFewTokens;
+  int64_t threads = thread_count(), total = 0;
+  for (auto &p : products) total += panels_of(p.weight->rows);
+  const TileShape tile = kernels.gemm_tile(products[0]); /* the same for all: they share segments */
+  int64_t panels = few ? ceil_div(total, 8 * threads) : tile.panels;
+  int64_t blocks = 0, scratch = 0;
+  for (auto &p : products) {
+    blocks += ceil_div(panels_of(p.weight->rows), panels);
+    int64_t bytes = gemm_scratch(kernels, p);
+    scratch = bytes > scratch ? bytes : scratch;
+  }
+  int64_t parts = 1; /* of the tokens, where there are too few rows to go round */
+  if (!few)
+    while (blocks * parts < 6 * threads && tokens / (parts + 1) >= kFewestTokensPerShare) parts++;
+  int64_t per_part = ceil_div(ceil_div(tokens, parts), tile.tokens) * tile.tokens;
+  parts = ceil_div(tokens, per_part);
+  uint8_t *memory = few ? nullptr : workspace().scratch.get<uint8_t>(scratch * threads);
+  parallel_for(blocks * parts, [&](int64_t item, int thread) {
+    int64_t block = item / parts, part = item % parts;
+    for (auto &p : products) {
+      int64_t all = panels_of(p.weight->rows), mine = ceil_div(all, panels);
+      if (block >= mine) {
+        block -= mine;
+        continue;
+      }
+      int64_t end = (block + 1) * panels, token = part * per_part;
+      Share share{block * panels, end < all ? end : all, token,
+                  token + per_part < tokens ? token + per_part : tokens};
+      if (few) kernels.gemv(p, share);
+      else kernels.gemm(p, share, memory + thread * scratch);
+      return;
+    }
+  });
+}
+
+}  // namespace
+
+int32_t pt_linear(const pt_weight *const *weights, int32_t count, const float *x, int64_t ldx,
+                  int64_t tokens, const pt_input *input, float *const *y, const int64_t *ldy) {
+  if (count < 1 || tokens < 0) return PT_BAD_SHAPE;
+  const int64_t cols = weights[0]->cols;
+  if (!valid(*input, cols)) return PT_BAD_FORMAT;
+  for (int i = 0; i < count; i++) {
+    if (!valid(*weights[i])) return PT_BAD_FORMAT;
+    if (weights[i]->cols != cols || ldy[i] < weights[i]->rows) return PT_BAD_SHAPE;
+  }
+  if (tokens == 0) return PT_OK;
+  std::lock_guard<std::mutex> guard(engine_lock());
+  const Kernels &kernels = active_kernels();
+  Prepared prepared(kernels, x, ldx, tokens, cols, *input);
+  /* Weights in a row with the same groups share the same form of activations; 0 is as floats. */
+  auto form = [&](const pt_weight &w) -> int64_t {
+    return input->bits && w.stage <= PT_LOOKUP ? group_of(w.group, cols) : 0;
+  };
+  for (int first = 0; first < count;) {
+    const int64_t group = form(*weights[first]);
+    Activations a = group ? prepared.quantized(segment_of(*weights[first], input->group),
+                                               ceil_div(cols, group), group)
+                          : prepared.floats();
+    std::vector<Product> products;
+    for (; first < count && form(*weights[first]) == group; first++)
+      products.push_back({weights[first], a, y[first], ldy[first]});
+    multiply(kernels, products, tokens);
+  }
+  return PT_OK;
+}
+
+int32_t pt_quantize(const float *x, int64_t ldx, int64_t tokens, int32_t cols,
+                    const pt_input *input, int8_t *codes, float *scales) {
+  if (cols < 1 || tokens < 0) return PT_BAD_SHAPE;
+  if (input->bits == 0 || !valid(*input, cols)) return PT_BAD_FORMAT;
+  if (tokens == 0) return PT_OK;
+  std::lock_guard<std::mutex> guard(engine_lock());
+  Prepared prepared(active_kernels(), x, ldx, tokens, cols, *input);
+  Activations a = prepared.quantized(padded(cols), 1, cols);
+  for (int64_t t = 0; t < tokens; t++) memcpy(codes + t * cols, a.codes + t * a.stride, cols);
+  memcpy(scales, a.scales, tokens * a.scale_groups * sizeof(float));
+  return PT_OK;
+}
+
+int32_t pt_rotate(float *x, int64_t tokens, int32_t cols) {
+  if (cols < 1 || tokens < 0) return PT_BAD_SHAPE;
+  if (tokens == 0) return PT_OK;
+  std::lock_guard<std::mutex> guard(engine_lock());
+  for_token_blocks(tokens, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; t++) active_kernels().rotate(x + t * cols, cols);
+  });
+  return PT_OK;
+}

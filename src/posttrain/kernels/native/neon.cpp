@@ -1,0 +1,239 @@
+/* AArch64 with the dot product extension (Armv8.2 and later). A 64-byte step is four registers. */
+#include "kernels.h"
+
+#if defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+
+namespace {
+#include "scalar.h"
+
+#define OP static inline __attribute__((always_inline))
+#define EACH4(i) for (int i = 0; i < 4; i++)
+
+/* 1 panel x 4 tokens: 16 registers of sums, 4 of weights, 4 of activations. */
+static const int kGemvTokens = 4;
+static constexpr TileShape kRowTile = {1, 4}, kGroupTile = {1, 4}, kFloatTile = {1, 4};
+
+struct Bytes { uint8x16_t v[4]; };
+struct Quad { int8x16_t v; };
+struct I32 { int32x4_t v[4]; };
+struct F32 { float32x4_t v[4]; };
+template <int Bits> struct FloatTable { const float *values; };
+
+OP Bytes load_bytes(const uint8_t *from) {
+  Bytes b;
+  EACH4(i) b.v[i] = vld1q_u8(from + 16 * i);
+  return b;
+}
+OP void store_bytes(uint8_t *to, Bytes b) { EACH4(i) vst1q_u8(to + 16 * i, b.v[i]); }
+template <int Shift, int Bits>
+OP Bytes field(Bytes b) {
+  EACH4(i) {
+    if constexpr (Shift > 0) b.v[i] = vshrq_n_u8(b.v[i], Shift);
+    b.v[i] = vandq_u8(b.v[i], vdupq_n_u8((1 << Bits) - 1));
+  }
+  return b;
+}
+/* low | bits [From, From + Bits) of every byte, moved to bit To */
+template <int From, int Bits, int To>
+OP Bytes insert(Bytes low, Bytes b) {
+  EACH4(i) {
+    uint8x16_t moved = b.v[i];
+    if constexpr (From > To) moved = vshrq_n_u8(moved, From - To);
+    if constexpr (From < To) moved = vshlq_n_u8(moved, To - From);
+    low.v[i] = vorrq_u8(low.v[i], vandq_u8(moved, vdupq_n_u8(((1 << Bits) - 1) << To)));
+  }
+  return low;
+}
+OP void opaque(Bytes &) {}
+OP Bytes repeat16(const uint8_t *table) {
+  Bytes b;
+  EACH4(i) b.v[i] = vld1q_u8(table);
+  return b;
+}
+OP Bytes look_up(Bytes table, Bytes index) {
+  EACH4(i) index.v[i] = vqtbl1q_u8(table.v[i], index.v[i]);
+  return index;
+}
+
+OP Quad broadcast4(const int8_t *from) {
+  int32_t four;
+  __builtin_memcpy(&four, from, 4);
+  return {vreinterpretq_s8_s32(vdupq_n_s32(four))};
+}
+OP I32 set_i32(int32_t value) {
+  I32 out;
+  EACH4(i) out.v[i] = vdupq_n_s32(value);
+  return out;
+}
+OP I32 add(I32 a, I32 b) {
+  EACH4(i) a.v[i] = vaddq_s32(a.v[i], b.v[i]);
+  return a;
+}
+/* The instruction is signed by signed: of 8-bit codes the top bit is multiplied on its own. */
+template <bool Wide>
+OP I32 dot(I32 sum, Bytes w, Quad x) {
+  EACH4(i) {
+    if constexpr (Wide) {
+      int8x16_t low = vreinterpretq_s8_u8(vandq_u8(w.v[i], vdupq_n_u8(127)));
+      int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(w.v[i], 7));
+      int32x4_t upper = vshlq_n_s32(vdotq_s32(vdupq_n_s32(0), high, x.v), 7);
+      sum.v[i] = vaddq_s32(vdotq_s32(sum.v[i], low, x.v), upper);
+    } else {
+      sum.v[i] = vdotq_s32(sum.v[i], vreinterpretq_s8_u8(w.v[i]), x.v);
+    }
+  }
+  return sum;
+}
+OP int32_t first_lane(I32 a) { return vgetq_lane_s32(a.v[0], 0); }
+OP I32 load_u8(const uint8_t *from) {
+  uint8x16_t bytes = vld1q_u8(from);
+  uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_u8(vget_high_u8(bytes));
+  return {{vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(low))),
+           vreinterpretq_s32_u32(vmovl_u16(vget_high_u16(low))),
+           vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(high))),
+           vreinterpretq_s32_u32(vmovl_u16(vget_high_u16(high)))}};
+}
+OP I32 subtract_product(I32 sum, const uint8_t *zeros, int32_t x) {
+  I32 zero = load_u8(zeros);
+  EACH4(i) sum.v[i] = vmlsq_s32(sum.v[i], zero.v[i], vdupq_n_s32(x));
+  return sum;
+}
+template <int J>
+OP I32 byte_of(Bytes b) {
+  I32 out;
+  EACH4(i) {
+    uint32x4_t word = vreinterpretq_u32_u8(b.v[i]);
+    if constexpr (J > 0) word = vshrq_n_u32(word, 8 * J);
+    out.v[i] = vreinterpretq_s32_u32(vandq_u32(word, vdupq_n_u32(255)));
+  }
+  return out;
+}
+
+OP F32 set_f32(float value) {
+  F32 out;
+  EACH4(i) out.v[i] = vdupq_n_f32(value);
+  return out;
+}
+OP F32 to_f32(I32 a) {
+  F32 out;
+  EACH4(i) out.v[i] = vcvtq_f32_s32(a.v[i]);
+  return out;
+}
+OP F32 mul(F32 a, F32 b) {
+  EACH4(i) a.v[i] = vmulq_f32(a.v[i], b.v[i]);
+  return a;
+}
+OP F32 subtract(F32 a, F32 b) {
+  EACH4(i) a.v[i] = vsubq_f32(a.v[i], b.v[i]);
+  return a;
+}
+OP F32 fma(F32 a, F32 b, F32 c) {
+  EACH4(i) c.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]);
+  return c;
+}
+OP F32 load_floats(const float *from) {
+  F32 out;
+  EACH4(i) out.v[i] = vld1q_f32(from + 4 * i);
+  return out;
+}
+/* Lanes i and i + H, for i with bit H clear, become their sum and difference. */
+template <int H>
+OP F32 butterfly(F32 v) {
+  float in[16], out[16];
+  EACH4(i) vst1q_f32(in + 4 * i, v.v[i]);
+  for (int i = 0; i < 16; i++) out[i] = i & H ? in[i ^ H] - in[i] : in[i] + in[i ^ H];
+  return load_floats(out);
+}
+OP F32 load_some(const float *from, int64_t count) {
+  if (count == 16) return load_floats(from);
+  float all[16] = {};
+  for (int64_t i = 0; i < count; i++) all[i] = from[i];
+  return load_floats(all);
+}
+OP void store_some(float *to, F32 v, int64_t count) {
+  float all[16];
+  float *out = count == 16 ? to : all;
+  EACH4(i) vst1q_f32(out + 4 * i, v.v[i]);
+  if (count < 16)
+    for (int64_t i = 0; i < count; i++) to[i] = all[i];
+}
+template <bool Half>
+OP F32 load_halves(const uint16_t *from) {
+  F32 out;
+  EACH4(i) {
+    uint16x4_t bits = vld1_u16(from + 4 * i);
+    if constexpr (Half) out.v[i] = vcvt_f32_f16(vreinterpret_f16_u16(bits));
+    else out.v[i] = vreinterpretq_f32_u32(vshll_n_u16(bits, 16));
+  }
+  return out;
+}
+OP F32 load_scales(const pt_weight &w, int64_t at) {
+  if (!w.scales) return set_f32(1.0f);
+  if (w.scale_type == PT_F16) return load_halves<true>((const uint16_t *)w.scales + at);
+  if (w.scale_type == PT_F32) return load_floats((const float *)w.scales + at);
+  if (w.scale_type == PT_BF16) return load_halves<false>((const uint16_t *)w.scales + at);
+  float all[16];
+  for (int i = 0; i < 16; i++) all[i] = scale_at(w.scales, w.scale_type, at + i);
+  return load_floats(all);
+}
+template <int Bits>
+OP FloatTable<Bits> load_table(const float *values) { return {values}; }
+template <int Bits>
+OP F32 look_up(const FloatTable<Bits> &table, I32 index) {
+  int32_t at[16];
+  float all[16];
+  EACH4(i) vst1q_s32(at + 4 * i, index.v[i]);
+  for (int i = 0; i < 16; i++) all[i] = table.values[at[i]];
+  return load_floats(all);
+}
+OP void prefetch(const uint8_t *from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
+
+OP uint32_t largest_magnitude(const float *x, int64_t count) {
+  uint32x4_t most = vdupq_n_u32(0);
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    uint32x4_t bits = vreinterpretq_u32_f32(vld1q_f32(x + i));
+    most = vmaxq_u32(most, vandq_u32(bits, vdupq_n_u32(0x7fffffffu)));
+  }
+  uint32_t largest = vmaxvq_u32(most);
+  for (; i < count; i++) {
+    uint32_t bits = bits_of_float(x[i]) & 0x7fffffffu;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
+}
+OP int32_t sum_of(const int8_t *codes, int64_t count) { /* count: a multiple of 16 */
+  int32x4_t sum = vdupq_n_s32(0);
+  for (int64_t i = 0; i < count; i += 16) sum = vdotq_s32(sum, vld1q_s8(codes + i), vdupq_n_s8(1));
+  return vaddvq_s32(sum);
+}
+OP void encode(const float *x, int64_t count, float scale, const pt_input &in, int8_t *codes) {
+  const float32x4_t by = vdupq_n_f32(scale);
+  const int32x4_t lo = vdupq_n_s32(in.lo), hi = vdupq_n_s32(in.hi);
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    int32x4_t a = vcvtnq_s32_f32(vdivq_f32(vld1q_f32(x + i), by)); /* ties to even */
+    int32x4_t b = vcvtnq_s32_f32(vdivq_f32(vld1q_f32(x + i + 4), by));
+    a = vmaxq_s32(vminq_s32(a, hi), lo), b = vmaxq_s32(vminq_s32(b, hi), lo);
+    vst1_s8(codes + i, vmovn_s16(vcombine_s16(vmovn_s32(a), vmovn_s32(b))));
+  }
+  for (; i < count; i++) {
+    codes[i] = (int8_t)code_of(x[i], scale, in);
+  }
+}
+}  // namespace
+
+#include "product.h"
+
+const Kernels *neon_kernels() {
+  static const Kernels kernels = {
+      "neon-dotprod", gemm_tile, gemv, gemm, unpack, rotate, quantize, read_bytes,
+      multiply_registers};
+  return &kernels;
+}
+#else
+const Kernels *neon_kernels() { return nullptr; }
+#endif

@@ -1,0 +1,131 @@
+/* Packing into the layout of layout.h, and memory on large pages. */
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "layout.h"
+#include "posttrain.h"
+
+namespace {
+
+/* Adds the bits of step `s` (64 codes, one per byte) to the planes of a unit. */
+void add_step(const uint8_t *codes, int s, int bits, uint8_t *unit) {
+  if (bits == 8) {
+    memcpy(unit + s * kVector, codes, kVector);
+    return;
+  }
+  int shift = 0; /* of the next plane within a code: planes go from wide and low to narrow and high */
+  for (int width = 4; width; width /= 2) {
+    if (!(bits & width)) continue;
+    int per = 8 / width; /* steps that share a vector of this plane */
+    uint8_t *vector = unit + s / per * kVector;
+    for (int64_t i = 0; i < kVector; i++)
+      vector[i] |= (uint8_t)((codes[i] >> shift & ((1 << width) - 1)) << s % per * width);
+    unit += kUnit / kStep / per * kVector;
+    shift += width;
+  }
+}
+
+/* The inverse of add_step. */
+void take_step(const uint8_t *unit, int s, int bits, uint8_t *codes) {
+  if (bits == 8) {
+    memcpy(codes, unit + s * kVector, kVector);
+    return;
+  }
+  memset(codes, 0, kVector);
+  int shift = 0;
+  for (int width = 4; width; width /= 2) {
+    if (!(bits & width)) continue;
+    int per = 8 / width;
+    const uint8_t *vector = unit + s / per * kVector;
+    for (int64_t i = 0; i < kVector; i++)
+      codes[i] |= (uint8_t)((vector[i] >> s % per * width & ((1 << width) - 1)) << shift);
+    unit += kUnit / kStep / per * kVector;
+    shift += width;
+  }
+}
+
+}  // namespace
+
+int64_t pt_code_bytes(int32_t rows, int32_t cols, int32_t bits) {
+  return panels_of(rows) * panel_bytes(cols, bits);
+}
+
+int64_t pt_scale_count(int32_t rows, int32_t cols, int32_t group) {
+  return panels_of(rows) * kPanel * (group >= cols ? 1 : ceil_div(cols, group));
+}
+
+int32_t pt_pack_codes(const uint8_t *codes, int32_t rows, int32_t cols, int32_t bits,
+                      uint8_t *packed) {
+  if (rows < 1 || cols < 1 || bits < 2 || bits > 8) return PT_BAD_SHAPE;
+  memset(packed, 0, pt_code_bytes(rows, cols, bits));
+  for (int64_t p = 0; p < panels_of(rows); p++)
+    for (int64_t u = 0; u < units_of(cols); u++, packed += unit_bytes(bits))
+      for (int s = 0; s < kUnit / kStep; s++) {
+        uint8_t step[kVector] = {};
+        for (int64_t r = 0; r < kPanel && p * kPanel + r < rows; r++)
+          for (int64_t j = 0; j < kStep; j++) {
+            int64_t col = u * kUnit + s * kStep + j;
+            if (col < cols) step[r * kStep + j] = codes[(p * kPanel + r) * cols + col];
+          }
+        add_step(step, s, bits, packed);
+      }
+  return PT_OK;
+}
+
+int32_t pt_unpack_codes(const uint8_t *packed, int32_t rows, int32_t cols, int32_t bits,
+                        uint8_t *codes) {
+  if (rows < 1 || cols < 1 || bits < 2 || bits > 8) return PT_BAD_SHAPE;
+  for (int64_t p = 0; p < panels_of(rows); p++)
+    for (int64_t u = 0; u < units_of(cols); u++, packed += unit_bytes(bits))
+      for (int s = 0; s < kUnit / kStep; s++) {
+        uint8_t step[kVector];
+        take_step(packed, s, bits, step);
+        for (int64_t r = 0; r < kPanel && p * kPanel + r < rows; r++)
+          for (int64_t j = 0; j < kStep; j++) {
+            int64_t col = u * kUnit + s * kStep + j;
+            if (col < cols) codes[(p * kPanel + r) * cols + col] = step[r * kStep + j];
+          }
+      }
+  return PT_OK;
+}
+
+int32_t pt_pack_floats(const void *values, int32_t rows, int32_t cols, int32_t bits, void *packed) {
+  if (rows < 1 || cols < 1 || (bits != 16 && bits != 32)) return PT_BAD_SHAPE;
+  const int64_t size = bits / 8;
+  const char *in = (const char *)values;
+  char *out = (char *)packed;
+  memset(out, 0, pt_code_bytes(rows, cols, bits));
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t col = 0; col < cols; col++) {
+      int64_t at = row / kPanel * panel_bytes(cols, bits) + (col * kPanel + row % kPanel) * size;
+      memcpy(out + at, in + (row * cols + col) * size, size);
+    }
+  return PT_OK;
+}
+
+int32_t pt_pack_scales(const void *scales, int32_t rows, int32_t groups, int32_t size, void *packed) {
+  if (rows < 1 || groups < 1 || (size != 1 && size != 2 && size != 4)) return PT_BAD_SHAPE;
+  const char *in = (const char *)scales;
+  char *out = (char *)packed;
+  memset(out, 0, panels_of(rows) * kPanel * groups * size);
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t g = 0; g < groups; g++) {
+      int64_t at = (row / kPanel * groups + g) * kPanel + row % kPanel;
+      memcpy(out + at * size, in + (row * groups + g) * size, size);
+    }
+  return PT_OK;
+}
+
+static const int64_t kLargePage = 2 << 20;
+
+void *pt_allocate(int64_t bytes) {
+  if (bytes <= 0) return nullptr;
+  void *memory = aligned_alloc(kLargePage, ceil_div(bytes, kLargePage) * kLargePage);
+#ifdef MADV_HUGEPAGE
+  if (memory) madvise(memory, ceil_div(bytes, kLargePage) * kLargePage, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
+
+void pt_free(void *memory, int64_t) { free(memory); }

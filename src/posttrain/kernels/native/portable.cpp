@@ -1,0 +1,165 @@
+/* Plain C++: works everywhere, and is the reference the other instruction sets are held to. */
+#include "kernels.h"
+
+namespace {
+#include "scalar.h"
+
+#define EACH(i, n) for (int i = 0; i < (n); i++)
+
+static const int kGemvTokens = 1;
+static constexpr TileShape kRowTile = {1, 1}, kGroupTile = {1, 1}, kFloatTile = {1, 1};
+
+struct Bytes { uint8_t at[64]; };
+struct Quad { int8_t at[4]; };
+struct I32 { int32_t at[16]; };
+struct F32 { float at[16]; };
+template <int Bits> struct FloatTable { const float *values; };
+
+static inline Bytes load_bytes(const uint8_t *from) {
+  Bytes b;
+  __builtin_memcpy(b.at, from, 64);
+  return b;
+}
+static inline void store_bytes(uint8_t *to, Bytes b) { __builtin_memcpy(to, b.at, 64); }
+template <int Shift, int Bits>
+static inline Bytes field(Bytes b) {
+  EACH(i, 64) b.at[i] = (uint8_t)(b.at[i] >> Shift & ((1 << Bits) - 1));
+  return b;
+}
+/* low | bits [From, From + Bits) of every byte, moved to bit To */
+template <int From, int Bits, int To>
+static inline Bytes insert(Bytes low, Bytes b) {
+  EACH(i, 64) low.at[i] = (uint8_t)(low.at[i] | (b.at[i] >> From & ((1 << Bits) - 1)) << To);
+  return low;
+}
+static inline void opaque(Bytes &) {}
+static inline Bytes repeat16(const uint8_t *table) {
+  Bytes b;
+  EACH(i, 64) b.at[i] = table[i % 16];
+  return b;
+}
+static inline Bytes look_up(Bytes table, Bytes index) {
+  EACH(i, 64) index.at[i] = table.at[index.at[i]];
+  return index;
+}
+
+static inline Quad broadcast4(const int8_t *from) {
+  Quad q;
+  __builtin_memcpy(q.at, from, 4);
+  return q;
+}
+static inline I32 set_i32(int32_t value) {
+  I32 v;
+  EACH(i, 16) v.at[i] = value;
+  return v;
+}
+static inline I32 add(I32 a, I32 b) {
+  EACH(i, 16) a.at[i] += b.at[i];
+  return a;
+}
+template <bool Wide>
+static inline I32 dot(I32 sum, Bytes w, Quad x) {
+  EACH(i, 16) EACH(j, 4) sum.at[i] += w.at[4 * i + j] * x.at[j];
+  return sum;
+}
+static inline int32_t first_lane(I32 a) { return a.at[0]; }
+static inline I32 load_u8(const uint8_t *from) {
+  I32 v;
+  EACH(i, 16) v.at[i] = from[i];
+  return v;
+}
+static inline I32 subtract_product(I32 sum, const uint8_t *zeros, int32_t x) {
+  EACH(i, 16) sum.at[i] -= zeros[i] * x;
+  return sum;
+}
+template <int J>
+static inline I32 byte_of(Bytes b) {
+  I32 v;
+  EACH(i, 16) v.at[i] = b.at[4 * i + J];
+  return v;
+}
+
+static inline F32 set_f32(float value) {
+  F32 v;
+  EACH(i, 16) v.at[i] = value;
+  return v;
+}
+static inline F32 to_f32(I32 a) {
+  F32 v;
+  EACH(i, 16) v.at[i] = (float)a.at[i];
+  return v;
+}
+static inline F32 mul(F32 a, F32 b) {
+  EACH(i, 16) a.at[i] *= b.at[i];
+  return a;
+}
+static inline F32 subtract(F32 a, F32 b) {
+  EACH(i, 16) a.at[i] -= b.at[i];
+  return a;
+}
+/* Lanes i and i + H, for i with bit H clear, become their sum and difference. */
+template <int H>
+static inline F32 butterfly(F32 v) {
+  F32 out;
+  EACH(i, 16) out.at[i] = i & H ? v.at[i ^ H] - v.at[i] : v.at[i] + v.at[i ^ H];
+  return out;
+}
+static inline F32 fma(F32 a, F32 b, F32 c) {
+  EACH(i, 16) c.at[i] = __builtin_fmaf(a.at[i], b.at[i], c.at[i]);
+  return c;
+}
+static inline F32 load_some(const float *from, int64_t count) {
+  F32 v = set_f32(0.0f);
+  EACH(i, count) v.at[i] = from[i];
+  return v;
+}
+static inline F32 load_floats(const float *from) { return load_some(from, 16); }
+static inline void store_some(float *to, F32 v, int64_t count) { EACH(i, count) to[i] = v.at[i]; }
+template <bool Half>
+static inline F32 load_halves(const uint16_t *from) {
+  F32 v;
+  EACH(i, 16) v.at[i] = Half ? half_to_float(from[i]) : bfloat16_to_float(from[i]);
+  return v;
+}
+static inline F32 load_scales(const pt_weight &w, int64_t at) {
+  F32 v;
+  EACH(i, 16) v.at[i] = w.scales ? scale_at(w.scales, w.scale_type, at + i) : 1.0f;
+  return v;
+}
+template <int Bits>
+static inline FloatTable<Bits> load_table(const float *values) { return {values}; }
+template <int Bits>
+static inline F32 look_up(const FloatTable<Bits> &table, I32 index) {
+  F32 v;
+  EACH(i, 16) v.at[i] = table.values[index.at[i]];
+  return v;
+}
+static inline void prefetch(const uint8_t *, int64_t) {}
+
+static inline uint32_t largest_magnitude(const float *x, int64_t count) {
+  uint32_t most = 0;
+  EACH(i, count) {
+    uint32_t bits = bits_of_float(x[i]) & 0x7fffffffu;
+    most = bits > most ? bits : most;
+  }
+  return most;
+}
+static inline int32_t sum_of(const int8_t *codes, int64_t count) {
+  int32_t sum = 0;
+  EACH(i, count) sum += codes[i];
+  return sum;
+}
+static inline void encode(const float *x, int64_t count, float scale, const pt_input &in,
+                          int8_t *codes) {
+  EACH(i, count) codes[i] = (int8_t)code_of(x[i], scale, in);
+}
+}  // namespace
+
+#include "product.h"
+
+const Kernels *portable_kernels() {
+  static const Kernels kernels = {
+      "portable", gemm_tile, gemv, gemm, unpack, rotate, quantize, read_bytes,
+      multiply_registers};
+  return &kernels;
+}

@@ -1,0 +1,131 @@
+/* The C interface of posttrain's native kernels.
+ *
+ * A linear layer is y = x W^T + bias for x [tokens, cols], W [rows, cols]. Weights are packed once
+ * (`pt_pack_codes`, layout in layout.h) and multiplied with activations that are either float32 or
+ * quantized here to at most 8 bits with one scale per token or per group of columns.
+ *
+ * Plain C types only: the library is loaded by ctypes and belongs to no version of Python. All
+ * pointers stay the caller's. Functions that compute return 0, or the reason for a refusal.
+ */
+#ifndef POSTTRAIN_H
+#define POSTTRAIN_H
+
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define PT_API __attribute__((visibility("default")))
+#else
+#define PT_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Raised with every change of a struct or a signature; Python refuses any other. */
+#define PT_ABI 1
+PT_API int32_t pt_abi(void);
+/* Hash of the sources this library was built from (build.py), or "". */
+PT_API const char *pt_sources(void);
+
+/* What a stored code stands for. */
+enum pt_stage {
+  PT_INTEGER = 0, /* code - zero; product in integers when activations are quantized */
+  PT_LOOKUP = 1,  /* lookup[code] - zero, codes of 4 bits; product in integers likewise */
+  PT_TABLE = 2,   /* table[code], any float32; product in float32 */
+  PT_FLOAT = 3    /* the weight itself: bits 32 float32, 16 bfloat16 or float16 (see `half`) */
+};
+
+enum pt_scale_type {
+  PT_F32 = 0,
+  PT_F16 = 1,
+  PT_BF16 = 2,
+  PT_E4M3 = 3, /* OCP 8-bit floating point, no NaN codes expected */
+  PT_E8M0 = 4  /* 2^(code - 127) */
+};
+
+enum pt_status {
+  PT_OK = 0,
+  PT_BAD_SHAPE = 1,
+  PT_BAD_FORMAT = 2,
+  PT_NO_MEMORY = 3
+};
+
+typedef struct {
+  int32_t rows, cols;
+  int32_t stage;      /* pt_stage */
+  int32_t bits;       /* of a stored code: 2..8, or 16, 32 for PT_FLOAT */
+  int32_t half;       /* PT_F16 or PT_BF16: what 16 bits mean */
+  int32_t group;      /* columns per scale: a multiple of 16, or at least cols for one per row */
+  int32_t scale_type; /* pt_scale_type */
+  int32_t zero;       /* zero point of all codes, unless `zeros` */
+  float multiplier;   /* of every scale; NVFP4's per-tensor factor */
+  const uint8_t *codes;  /* pt_code_bytes() of them, from pt_pack_codes */
+  const void *scales;    /* [panels][groups][16] of scale_type; NULL: all 1 */
+  const uint8_t *zeros;  /* [panels][groups][16] or NULL */
+  const uint8_t *lookup; /* 16 bytes, at most 127, for PT_LOOKUP */
+  const float *table;    /* 2^bits values, for PT_TABLE and PT_LOOKUP */
+  const float *bias;     /* [rows] or NULL */
+} pt_weight;
+
+/* How activations enter: left as float32 (bits 0), or integers lo..hi under scale absmax / top. */
+typedef struct {
+  int32_t bits;
+  int32_t group; /* columns per scale: a multiple of 16, or at least cols for one per token */
+  int32_t lo, hi;
+  int32_t scale_type; /* PT_F32 or PT_F16: how the scale itself is rounded */
+  int32_t rotate;     /* whether a block-Hadamard rotation comes first */
+  float top;
+} pt_input;
+
+/* Sizes of the packed form, in bytes; `pt_scale_count` in entries. */
+PT_API int64_t pt_code_bytes(int32_t rows, int32_t cols, int32_t bits);
+PT_API int64_t pt_scale_count(int32_t rows, int32_t cols, int32_t group);
+
+/* Pack codes [rows, cols], one per byte, of `bits` bits. */
+PT_API int32_t pt_pack_codes(const uint8_t *codes, int32_t rows, int32_t cols, int32_t bits,
+                             uint8_t *packed);
+PT_API int32_t pt_unpack_codes(const uint8_t *packed, int32_t rows, int32_t cols, int32_t bits,
+                               uint8_t *codes);
+/* Pack float weights [rows, cols] of 16 or 32 bits each. */
+PT_API int32_t pt_pack_floats(const void *values, int32_t rows, int32_t cols, int32_t bits,
+                              void *packed);
+/* Interleave scales or zero points [rows, groups] of `size` bytes each into [panels][groups][16]. */
+PT_API int32_t pt_pack_scales(const void *scales, int32_t rows, int32_t groups, int32_t size,
+                              void *packed);
+
+/* y[i] [tokens, weights[i]->rows] = x [tokens, cols] times weights[i]^T, for `count` weights that
+ * share x and its quantization. Rows of y[i] lie ldy[i] floats apart, those of x ldx. */
+PT_API int32_t pt_linear(const pt_weight *const *weights, int32_t count, const float *x,
+                         int64_t ldx, int64_t tokens, const pt_input *input, float *const *y,
+                         const int64_t *ldy);
+
+/* The quantization step of pt_linear on its own: codes [tokens, cols], scales [tokens, groups]. */
+PT_API int32_t pt_quantize(const float *x, int64_t ldx, int64_t tokens, int32_t cols,
+                           const pt_input *input, int8_t *codes, float *scales);
+
+/* Each token of x [tokens, cols] times the block-Hadamard matrix of models/rotation.py, in place. */
+PT_API int32_t pt_rotate(float *x, int64_t tokens, int32_t cols);
+
+/* Name of the instruction set in use; `pt_use` chooses one ("" for the best), 0 when it cannot. */
+PT_API const char *pt_isa(void);
+PT_API int32_t pt_use(const char *isa);
+/* The instruction sets built into this library that this processor has, comma-separated. */
+PT_API const char *pt_isas(void);
+
+PT_API void pt_set_threads(int32_t threads);
+PT_API int32_t pt_threads(void);
+
+/* What this machine can do with the threads and the instruction set in use: bytes per second read
+ * from `memory`, and integer operations (2 per product) per second without any memory. */
+PT_API double pt_probe_bandwidth(const void *memory, int64_t bytes);
+PT_API double pt_probe_peak(double seconds);
+
+/* Memory on 2 MiB pages where the system gives them: worth a sixth of the bandwidth. */
+PT_API void *pt_allocate(int64_t bytes);
+PT_API void pt_free(void *memory, int64_t bytes);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

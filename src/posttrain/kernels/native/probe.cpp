@@ -1,0 +1,46 @@
+/* The machine's own limits, measured with the instructions the products use. */
+#include <atomic>
+#include <chrono>
+#include <mutex>
+
+#include "dispatch.h"
+#include "posttrain.h"
+#include "threads.h"
+
+namespace {
+
+double now() {
+  using clock = std::chrono::steady_clock;
+  return std::chrono::duration<double>(clock::now().time_since_epoch()).count();
+}
+
+std::atomic<int32_t> sink{0};
+
+}  // namespace
+
+double pt_probe_bandwidth(const void *memory, int64_t bytes) {
+  std::lock_guard<std::mutex> guard(engine_lock());
+  const Kernels &kernels = active_kernels();
+  const int64_t block = 1 << 20, blocks = bytes / block;
+  double start = now();
+  parallel_for(blocks, [&](int64_t i, int) {
+    sink += kernels.read_bytes((const uint8_t *)memory + i * block, block);
+  });
+  return blocks * block / (now() - start);
+}
+
+double pt_probe_peak(double seconds) {
+  std::lock_guard<std::mutex> guard(engine_lock());
+  const Kernels &kernels = active_kernels();
+  const int64_t rounds = 20000, operations = rounds * 16 * kVector * 2;
+  int threads = thread_count();
+  std::atomic<int64_t> done{0};
+  double start = now();
+  parallel_for(threads, [&](int64_t, int) {
+    do {
+      sink += kernels.multiply_registers(rounds);
+      done += operations;
+    } while (now() - start < seconds);
+  });
+  return done / (now() - start);
+}

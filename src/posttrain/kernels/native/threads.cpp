@@ -1,0 +1,137 @@
+#include "threads.h"
+
+#include <sched.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <thread>
+#include <vector>
+
+namespace {
+
+static inline void pause_cpu() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+const int kSpins = 4000; /* about 0.1 ms */
+
+class Pool {
+ public:
+  explicit Pool(int count) : owner_(getpid()) {
+    for (int i = 1; i < count; i++) threads_.emplace_back([this, i] { work(i); });
+  }
+
+  ~Pool() {
+    if (owner_ != getpid()) { /* threads do not survive a fork; there is nothing to join */
+      for (auto &thread : threads_) thread.detach();
+      return;
+    }
+    stop_ = true;
+    announce();
+    for (auto &thread : threads_) thread.join();
+  }
+
+  bool belongs_here() const { return owner_ == getpid(); }
+  int count() const { return (int)threads_.size() + 1; }
+
+  void run(int64_t items, Task task, void *context) {
+    if (threads_.empty() || items <= 1) {
+      for (int64_t i = 0; i < items; i++) task(context, i, 0);
+      return;
+    }
+    task_ = task, context_ = context, items_ = items;
+    next_.store(0, std::memory_order_relaxed);
+    busy_.store((int)threads_.size(), std::memory_order_relaxed);
+    announce();
+    take_items(0);
+    while (busy_.load(std::memory_order_acquire)) pause_cpu();
+  }
+
+ private:
+  void announce() {
+    round_.fetch_add(1, std::memory_order_seq_cst);
+    if (asleep_.load(std::memory_order_seq_cst)) {
+      std::lock_guard<std::mutex> guard(lock_);
+      wake_.notify_all();
+    }
+  }
+
+  void take_items(int thread) {
+    for (;;) {
+      int64_t item = next_.fetch_add(1, std::memory_order_relaxed);
+      if (item >= items_) return;
+      task_(context_, item, thread);
+    }
+  }
+
+  void work(int thread) {
+    uint64_t seen = 0;
+    for (;;) {
+      for (int i = 0; i < kSpins && round_.load(std::memory_order_acquire) == seen; i++) pause_cpu();
+      if (round_.load(std::memory_order_acquire) == seen) {
+        std::unique_lock<std::mutex> guard(lock_);
+        asleep_.fetch_add(1, std::memory_order_seq_cst);
+        wake_.wait(guard, [&] { return round_.load(std::memory_order_seq_cst) != seen; });
+        asleep_.fetch_sub(1, std::memory_order_relaxed);
+      }
+      seen++;
+      if (stop_) return;
+      take_items(thread);
+      busy_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  const pid_t owner_;
+  std::vector<std::thread> threads_;
+  Task task_ = nullptr;
+  void *context_ = nullptr;
+  int64_t items_ = 0;
+  alignas(64) std::atomic<uint64_t> round_{0};
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<int> busy_{0};
+  std::atomic<int> asleep_{0};
+  std::atomic<bool> stop_{false};
+  std::mutex lock_;
+  std::condition_variable wake_;
+};
+
+int processors() {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+  unsigned count = std::thread::hardware_concurrency();
+  return count ? (int)count : 1;
+}
+
+int wanted = 0; /* 0: one per processor */
+Pool *pool = nullptr;
+
+Pool &current_pool() {
+  if (pool && !pool->belongs_here()) pool = nullptr; /* forked: leak the parent's, start anew */
+  if (!pool) pool = new Pool(wanted ? wanted : processors());
+  return *pool;
+}
+
+}  // namespace
+
+std::mutex &engine_lock() {
+  static std::mutex *lock = new std::mutex; /* never destroyed: threads may outlive main */
+  return *lock;
+}
+
+int thread_count() { return pool ? pool->count() : wanted ? wanted : processors(); }
+
+void set_thread_count(int count) {
+  wanted = count > 0 ? count : 0;
+  if (pool && pool->belongs_here()) delete pool;
+  pool = nullptr;
+}
+
+void run_parallel(int64_t items, Task task, void *context) {
+  current_pool().run(items, task, context);
+}

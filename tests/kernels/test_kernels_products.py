@@ -1,0 +1,219 @@
+"""Law 2: every kernel equals its reference, whatever the shape, the tokens and the threads."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from posttrain import kernels
+from posttrain.errors import UserError
+from posttrain.kernels import InputFormat, PackedWeight
+from posttrain.models.linear import integer_product
+from posttrain.models.rotation import rotate
+from posttrain.numbers import QTensor, Scales, Spec, fake_quantize, quantize
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.find().reason)
+
+A8, A8_GROUPED = "int8h | fp32/row", "int8 | fp16/g128"
+IN_INTEGERS = [  # (weights, activations) summed in integers
+    *((f"w{bits}g{group}", A8) for bits in range(2, 9) for group in (32, 64, 128)),
+    *((f"w{bits}", A8) for bits in range(2, 9)),
+    *((f"w{bits}g{group}z", A8) for bits in (2, 4, 8) for group in (16, 64)),
+    *((name, A8_GROUPED) for name in ("w4g32", "w6", "w8g64z")),
+    ("w6g128", "int6h | fp32/row"),
+    ("w4g16", "int8h | fp16/g16"),
+]
+LOOKED_UP = [("mxfp4", A8), ("nvfp4", A8), ("fp4-g64", A8_GROUPED)]
+IN_FLOATS = [
+    *((f"w{bits}g64", None) for bits in range(2, 9)),
+    *((name, None) for name in ("w4g16z", "w8g32z", "w6", "nf4", "nf4-dq", "bnb-fp4", "zqfp-m2")),
+    *((name, None) for name in ("mxfp4", "nvfp4", "fp6", "mxfp6", "mxfp6-e3m2", "mxfp8", "fp8")),
+    ("nf4", A8),
+    ("fp8-e5m2", A8_GROUPED),
+    ("w4g64", "mxfp8"),  # activations the kernels cannot quantize
+]
+SHAPES = [(16, 32), (1, 1), (17, 33), (48, 64), (100, 200), (5, 576), (130, 96), (64, 1000)]
+TOKENS = [1, 2, 3, 5, 9, 40]
+EPSILON = 2.0**-24
+
+
+@pytest.fixture(params=kernels.isas() if kernels.available() else ["none"])
+def isa(request):
+    kernels.use(request.param)
+    yield request.param
+    kernels.use()
+
+
+def example(weights: str, rows: int, cols: int, tokens: int) -> tuple[QTensor, Tensor, Tensor]:
+    """A quantized weight, a bias and activations with a few outliers."""
+    generator = torch.Generator().manual_seed(rows * 1009 + cols * 31 + tokens)
+    q = quantize(torch.randn(rows, cols, generator=generator), weights)
+    x = torch.randn(tokens, cols, generator=generator)
+    x[:, ::13] *= 20
+    return q, torch.randn(rows, generator=generator), x
+
+
+def product(x: Tensor, q: QTensor, bias: Tensor | None, activations: str | None) -> Tensor:
+    spec = None if activations is None else Spec.parse(activations)
+    (y,) = kernels.linear(x, [PackedWeight.from_qtensor(q, bias)], InputFormat.of(spec))
+    return y
+
+
+def bound(x: Tensor, q: QTensor, bias: Tensor) -> Tensor:
+    """As `models.linear.integer_bound`: both sides round at most K + 4 times on the way."""
+    reach = x.double().abs() @ q.dequantize().double().abs().T + bias.double().abs()
+    return 2 * (x.shape[1] + 4) * EPSILON * reach
+
+
+def takes(weights: str, cols: int) -> bool:
+    return kernels.unsupported(Spec.parse(weights), cols) is None
+
+
+@pytest.mark.parametrize("weights,activations", [*IN_INTEGERS, *LOOKED_UP, *IN_FLOATS])
+def test_products_match_the_reference(isa, weights, activations):
+    seen = 0
+    for rows, cols in SHAPES:
+        if not takes(weights, cols):
+            continue
+        for tokens in TOKENS if isa != "portable" else (1, 9):
+            q, bias, x = example(weights, rows, cols, tokens)
+            snapped = x if activations is None else fake_quantize(x, activations)
+            want = snapped.double() @ q.dequantize().double().T + bias
+            error = (product(x, q, bias, activations) - want).abs()
+            assert (error <= bound(snapped, q, bias)).all(), (rows, cols, tokens)
+            seen += 1
+    assert seen
+
+
+@pytest.mark.parametrize("weights,activations", IN_INTEGERS[:28])
+def test_integer_sums_are_exact(isa, weights, activations):
+    """With every scale 1 nothing but the conversion of the exact sum to float32 may round."""
+    generator = torch.Generator().manual_seed(7)
+    spec = Spec.parse(weights)
+    for rows, cols, tokens in [(33, 300, 1), (20, 4100, 3), (70, 1030, 37)]:
+        grid = spec.grid
+        codes = torch.randint(int(grid.lo), int(grid.hi) + 1, (rows, cols), generator=generator)
+        fitted = quantize(torch.randn(rows, cols, generator=generator), spec).scales
+        ones = tuple(torch.ones_like(stored) for stored in fitted.stored)
+        q = QTensor(codes.to(grid.code_dtype), Scales(spec, ones), spec)
+        x = torch.randint(-127, 128, (tokens, cols), generator=generator).float()
+        x[:, 0] = -127.5  # so that the scale of every token is 1
+        y = product(x, q, None, activations)
+        snapped = quantize(x, activations).codes.long()
+        if spec.factors[0].partition.cols == 0:
+            want = snapped @ codes.T
+            assert torch.equal(y, want.to(torch.float32))
+        else:  # several exact sums, added in float32: still exact below 2^24
+            small = x.clone()
+            small[:, 1:] = small[:, 1:].clamp(-3, 3)
+            want = quantize(small, activations).codes.long() @ codes.T
+            exact = want.abs() < 2**24
+            assert torch.equal(product(small, q, None, activations)[exact], want[exact].float())
+
+
+@pytest.mark.parametrize("weights,activations", [("w6g64", A8), ("w4g32z", A8_GROUPED), ("w8", A8)])
+def test_the_torch_path_is_the_same_product(isa, weights, activations):
+    q, bias, x = example(weights, 75, 640, 11)
+    torch_path = integer_product(quantize(x, activations), q) + bias
+    error = (product(x, q, bias, activations) - torch_path).abs().double()
+    assert (error <= bound(fake_quantize(x, activations), q, bias)).all()
+
+
+SAME_BITS = [("w6g64", A8), ("w4g32z", A8_GROUPED), ("w8", A8), ("mxfp4", A8), ("nf4", None),
+             ("w3g32", None), ("fp6", None), ("w4g16", "int8h | fp16/g16")]  # fmt: skip
+
+
+@pytest.mark.parametrize("weights,activations", SAME_BITS)
+def test_a_token_comes_out_the_same_in_any_company(isa, weights, activations):
+    """Bit for bit: alone, among many, on any number of threads, on any instruction set."""
+    q, bias, x = example(weights, 150, 320, 50)
+    try:
+        kernels.set_threads(1)
+        want = product(x, q, bias, activations)
+        for threads in (2, 3):
+            kernels.set_threads(threads)
+            for tokens in (1, 2, 7, 8, 9, 50):
+                assert torch.equal(product(x[:tokens], q, bias, activations), want[:tokens])
+    finally:
+        kernels.set_threads(0)
+    kernels.use("portable")
+    assert torch.equal(product(x[:9], q, bias, activations), want[:9])
+
+
+def test_floats_are_multiplied_as_they_are(isa):
+    generator = torch.Generator().manual_seed(3)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for rows, cols in SHAPES:
+            for tokens in (1, 3, 20):
+                w = torch.randn(rows, cols, generator=generator).to(dtype)
+                x = torch.randn(tokens, cols, generator=generator)
+                bias = torch.randn(rows, generator=generator)
+                packed = PackedWeight.from_tensor(w, bias)
+                (y,) = kernels.linear(x, [packed], InputFormat.of(None))
+                want = x.double() @ w.double().T + bias
+                reach = x.double().abs() @ w.double().abs().T + bias.abs()
+                assert ((y - want).abs() <= 2 * (cols + 4) * EPSILON * reach).all()
+
+
+def test_weights_that_share_activations_equal_each_alone(isa):
+    generator = torch.Generator().manual_seed(5)
+    for tokens in (1, 30):
+        x = torch.randn(tokens, 192, generator=generator)
+        packed = [
+            PackedWeight.from_qtensor(quantize(torch.randn(rows, 192, generator=generator), spec))
+            for rows, spec in [(100, "w4g64"), (20, "w4g64"), (33, "w8"), (7, "nf4"), (50, "w4g64")]
+        ]
+        together = kernels.linear(x, packed, InputFormat.of(Spec.parse(A8)))
+        for weight, y in zip(packed, together, strict=True):
+            (alone,) = kernels.linear(x, [weight], InputFormat.of(Spec.parse(A8)))
+            assert torch.equal(y, alone)
+
+
+@pytest.mark.parametrize("activations", [A8, "int8 | fp32/row", A8_GROUPED, "int4h | fp16/g16"])
+def test_activations_get_the_codes_that_numbers_gives_them(isa, activations):
+    generator = torch.Generator().manual_seed(11)
+    for tokens, cols in [(1, 1), (3, 33), (5, 576), (40, 200)]:
+        x = torch.randn(tokens, cols, generator=generator)
+        x *= 10.0 ** torch.randint(-30, 30, (tokens, 1), generator=generator)
+        x[0] = 0.0
+        if cols > 40:
+            x[1, 3], x[2, 5], x[3, 7], x[4] = torch.inf, -torch.inf, torch.nan, 1e-44
+        want = quantize(x, activations)
+        codes, scales = kernels.quantize_input(x, InputFormat.of(Spec.parse(activations)))
+        torch.testing.assert_close(scales, want.scales.factors[0], rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(codes, want.codes)
+
+
+def test_rotation_is_that_of_the_model(isa):
+    generator = torch.Generator().manual_seed(13)
+    for cols in (1, 6, 24, 48, 576, 1536, 2048):
+        x = torch.randn(4, cols, generator=generator)
+        eye = PackedWeight.from_tensor(torch.eye(cols))
+        (y,) = kernels.linear(x, [eye], InputFormat.of(None, rotate=True))
+        torch.testing.assert_close(y, rotate(x), rtol=1e-5, atol=1e-5)
+
+
+def test_empty_batches_and_strangers():
+    q, bias, x = example("w4g64", 20, 128, 3)
+    assert product(x[:0], q, bias, A8).shape == (0, 20)
+    with pytest.raises(UserError, match="128"):
+        product(x[:, :64], q, bias, A8)
+    with pytest.raises(UserError, match="16"):
+        PackedWeight.from_qtensor(quantize(torch.randn(8, 96), "int4 | fp16/g24"))
+    with pytest.raises(UserError, match="no kernels for 'avx1024'"):
+        kernels.use("avx1024")
+
+
+def test_packed_bytes_are_the_bits_of_the_format():
+    for weights, bits in [("w4g64", 4.25), ("w6g128", 6.125), ("mxfp4", 4.25), ("nvfp4", 4.5)]:
+        packed = PackedWeight.from_qtensor(quantize(torch.randn(512, 1024), weights))
+        assert packed.nbytes <= 512 * 1024 * bits / 8 + 256
+
+
+@pytest.mark.parametrize("weights", [*(f"w{bits}g32" for bits in range(2, 9)), "w8g32z", "nf4"])
+def test_codes_come_back(weights):
+    for rows, cols in [(1, 64), (37, 128), (16, 192)]:
+        q = quantize(torch.randn(rows, cols, generator=torch.Generator().manual_seed(1)), weights)
+        packed = PackedWeight.from_qtensor(q)
+        signed = q.codes.dtype == torch.int8
+        codes = packed.codes() - packed.struct.zero if signed else packed.codes()
+        assert torch.equal(codes.view(q.codes.dtype), q.codes)
