@@ -26,7 +26,9 @@ LIBRARY = HERE / "_native.so"
 # -O2: with -O3 gcc unrolls portable.cpp for minutes and makes nothing faster.
 # -ffp-contract=off: all instruction sets give the same floats, so only written fma's are fused.
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
-SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+# -O0 and no forced inlining: optimised, the checks take gcc several minutes to compile.
+SANITIZE = ["-O0", "-g1", "-DPT_SANITIZED", "-fsanitize=address,undefined"]
+SANITIZE += ["-fno-sanitize-recover=undefined"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni"))]
 X86 = {

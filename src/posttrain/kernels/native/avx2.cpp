@@ -7,7 +7,6 @@
 namespace {
 #include "scalar.h"
 
-#define OP static inline __attribute__((always_inline))
 #define BOTH(i) for (int i = 0; i < 2; i++)
 
 /* 2 panels x 2 tokens: 8 registers of sums, 4 of weights, 1 of activations, 3 temporaries. */
@@ -21,12 +20,12 @@ struct F32 { __m256 v[2]; };
 template <int Bits> struct FloatTable { const float *values; };
 template <> struct FloatTable<4> { __m256 v[2]; };
 
-OP Bytes load_bytes(const uint8_t *from) {
+INLINE Bytes load_bytes(const uint8_t *from) {
   return {{_mm256_loadu_si256((const __m256i *)from), _mm256_loadu_si256((const __m256i *)from + 1)}};
 }
-OP void store_bytes(uint8_t *to, Bytes b) { BOTH(i) _mm256_storeu_si256((__m256i *)to + i, b.v[i]); }
+INLINE void store_bytes(uint8_t *to, Bytes b) { BOTH(i) _mm256_storeu_si256((__m256i *)to + i, b.v[i]); }
 template <int Shift, int Bits>
-OP Bytes field(Bytes b) {
+INLINE Bytes field(Bytes b) {
   BOTH(i) {
     __m256i shifted = Shift ? _mm256_srli_epi16(b.v[i], Shift) : b.v[i];
     b.v[i] = _mm256_and_si256(shifted, _mm256_set1_epi8((1 << Bits) - 1));
@@ -35,7 +34,7 @@ OP Bytes field(Bytes b) {
 }
 /* low | bits [From, From + Bits) of every byte, moved to bit To */
 template <int From, int Bits, int To>
-OP Bytes insert(Bytes low, Bytes b) {
+INLINE Bytes insert(Bytes low, Bytes b) {
   BOTH(i) {
     __m256i moved = From > To ? _mm256_srli_epi16(b.v[i], From > To ? From - To : 0)
                               : _mm256_slli_epi16(b.v[i], To > From ? To - From : 0);
@@ -44,30 +43,30 @@ OP Bytes insert(Bytes low, Bytes b) {
   }
   return low;
 }
-OP void opaque(Bytes &b) { __asm__ volatile("" : "+x"(b.v[0]), "+x"(b.v[1])); }
-OP Bytes repeat16(const uint8_t *table) {
+INLINE void opaque(Bytes &b) { __asm__ volatile("" : "+x"(b.v[0]), "+x"(b.v[1])); }
+INLINE Bytes repeat16(const uint8_t *table) {
   __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
   return {{v, v}};
 }
-OP Bytes look_up(Bytes table, Bytes index) {
+INLINE Bytes look_up(Bytes table, Bytes index) {
   BOTH(i) index.v[i] = _mm256_shuffle_epi8(table.v[i], index.v[i]);
   return index;
 }
 
-OP Quad broadcast4(const int8_t *from) {
+INLINE Quad broadcast4(const int8_t *from) {
   int32_t four;
   __builtin_memcpy(&four, from, 4);
   return {_mm256_set1_epi32(four)};
 }
-OP I32 set_i32(int32_t value) { return {{_mm256_set1_epi32(value), _mm256_set1_epi32(value)}}; }
-OP I32 add(I32 a, I32 b) {
+INLINE I32 set_i32(int32_t value) { return {{_mm256_set1_epi32(value), _mm256_set1_epi32(value)}}; }
+INLINE I32 add(I32 a, I32 b) {
   BOTH(i) a.v[i] = _mm256_add_epi32(a.v[i], b.v[i]);
   return a;
 }
 /* maddubs adds pairs of products in 16 bits: exact up to codes of 7 bits (127 * 128 * 2 < 2^15).
  * Of 8-bit codes the top bit is multiplied on its own (128 * -128 * 2 = -2^15 just fits). */
 template <bool Wide>
-OP I32 dot(I32 sum, Bytes w, Quad x) {
+INLINE I32 dot(I32 sum, Bytes w, Quad x) {
   const __m256i ones = _mm256_set1_epi16(1);
   BOTH(i) {
     __m256i low = Wide ? _mm256_and_si256(w.v[i], _mm256_set1_epi8(127)) : w.v[i];
@@ -81,40 +80,40 @@ OP I32 dot(I32 sum, Bytes w, Quad x) {
   }
   return sum;
 }
-OP int32_t first_lane(I32 a) { return _mm_cvtsi128_si32(_mm256_castsi256_si128(a.v[0])); }
-OP I32 load_u8(const uint8_t *from) {
+INLINE int32_t first_lane(I32 a) { return _mm_cvtsi128_si32(_mm256_castsi256_si128(a.v[0])); }
+INLINE I32 load_u8(const uint8_t *from) {
   return {{_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from)),
            _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(from + 8)))}};
 }
-OP I32 subtract_product(I32 sum, const uint8_t *zeros, int32_t x) {
+INLINE I32 subtract_product(I32 sum, const uint8_t *zeros, int32_t x) {
   I32 zero = load_u8(zeros);
   BOTH(i) sum.v[i] = _mm256_sub_epi32(sum.v[i], _mm256_mullo_epi32(zero.v[i], _mm256_set1_epi32(x)));
   return sum;
 }
 template <int J>
-OP I32 byte_of(Bytes b) {
+INLINE I32 byte_of(Bytes b) {
   I32 out;
   BOTH(i) out.v[i] = _mm256_and_si256(_mm256_srli_epi32(b.v[i], 8 * J), _mm256_set1_epi32(255));
   return out;
 }
 
-OP F32 set_f32(float value) { return {{_mm256_set1_ps(value), _mm256_set1_ps(value)}}; }
-OP F32 to_f32(I32 a) { return {{_mm256_cvtepi32_ps(a.v[0]), _mm256_cvtepi32_ps(a.v[1])}}; }
-OP F32 mul(F32 a, F32 b) {
+INLINE F32 set_f32(float value) { return {{_mm256_set1_ps(value), _mm256_set1_ps(value)}}; }
+INLINE F32 to_f32(I32 a) { return {{_mm256_cvtepi32_ps(a.v[0]), _mm256_cvtepi32_ps(a.v[1])}}; }
+INLINE F32 mul(F32 a, F32 b) {
   BOTH(i) a.v[i] = _mm256_mul_ps(a.v[i], b.v[i]);
   return a;
 }
-OP F32 subtract(F32 a, F32 b) {
+INLINE F32 subtract(F32 a, F32 b) {
   BOTH(i) a.v[i] = _mm256_sub_ps(a.v[i], b.v[i]);
   return a;
 }
-OP F32 fma(F32 a, F32 b, F32 c) {
+INLINE F32 fma(F32 a, F32 b, F32 c) {
   BOTH(i) c.v[i] = _mm256_fmadd_ps(a.v[i], b.v[i], c.v[i]);
   return c;
 }
 /* Lanes i and i + H, for i with bit H clear, become their sum and difference. */
 template <int H>
-OP F32 butterfly(F32 v) {
+INLINE F32 butterfly(F32 v) {
   if constexpr (H == 8) return {{_mm256_add_ps(v.v[0], v.v[1]), _mm256_sub_ps(v.v[0], v.v[1])}};
   const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
   constexpr int upper = H == 1 ? 0xaa : H == 2 ? 0xcc : 0xf0;
@@ -124,14 +123,14 @@ OP F32 butterfly(F32 v) {
   }
   return v;
 }
-OP F32 load_floats(const float *from) { return {{_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}}; }
-OP F32 load_some(const float *from, int64_t count) {
+INLINE F32 load_floats(const float *from) { return {{_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}}; }
+INLINE F32 load_some(const float *from, int64_t count) {
   if (count == 16) return load_floats(from);
   float all[16] = {};
   for (int64_t i = 0; i < count; i++) all[i] = from[i];
   return load_floats(all);
 }
-OP void store_some(float *to, F32 v, int64_t count) {
+INLINE void store_some(float *to, F32 v, int64_t count) {
   if (count == 16) {
     BOTH(i) _mm256_storeu_ps(to + 8 * i, v.v[i]);
     return;
@@ -141,7 +140,7 @@ OP void store_some(float *to, F32 v, int64_t count) {
   for (int64_t i = 0; i < count; i++) to[i] = all[i];
 }
 template <bool Half>
-OP F32 load_halves(const uint16_t *from) {
+INLINE F32 load_halves(const uint16_t *from) {
   F32 out;
   BOTH(i) {
     __m128i bits = _mm_loadu_si128((const __m128i *)from + i);
@@ -150,7 +149,7 @@ OP F32 load_halves(const uint16_t *from) {
   }
   return out;
 }
-OP F32 load_scales(const pt_weight &w, int64_t at) {
+INLINE F32 load_scales(const pt_weight &w, int64_t at) {
   if (!w.scales) return set_f32(1.0f);
   if (w.scale_type == PT_F16) return load_halves<true>((const uint16_t *)w.scales + at);
   if (w.scale_type == PT_F32) return load_floats((const float *)w.scales + at);
@@ -160,12 +159,12 @@ OP F32 load_scales(const pt_weight &w, int64_t at) {
   return load_floats(all);
 }
 template <int Bits>
-OP FloatTable<Bits> load_table(const float *values) {
+INLINE FloatTable<Bits> load_table(const float *values) {
   if constexpr (Bits == 4) return {{_mm256_loadu_ps(values), _mm256_loadu_ps(values + 8)}};
   else return {values};
 }
 template <int Bits>
-OP F32 look_up(const FloatTable<Bits> &table, I32 index) {
+INLINE F32 look_up(const FloatTable<Bits> &table, I32 index) {
   F32 out;
   BOTH(i) {
     if constexpr (Bits == 4) {
@@ -179,11 +178,11 @@ OP F32 look_up(const FloatTable<Bits> &table, I32 index) {
   }
   return out;
 }
-OP void prefetch(const uint8_t *from, int64_t bytes) {
+INLINE void prefetch(const uint8_t *from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch((const char *)from + i, _MM_HINT_T0);
 }
 
-OP uint32_t largest_magnitude(const float *x, int64_t count) {
+INLINE uint32_t largest_magnitude(const float *x, int64_t count) {
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
   __m256i most = _mm256_setzero_si256();
   int64_t i = 0;
@@ -200,7 +199,7 @@ OP uint32_t largest_magnitude(const float *x, int64_t count) {
   }
   return largest;
 }
-OP int32_t sum_of(const int8_t *codes, int64_t count) { /* count: a multiple of 16 */
+INLINE int32_t sum_of(const int8_t *codes, int64_t count) { /* count: a multiple of 16 */
   __m256i sum = _mm256_setzero_si256();
   for (int64_t i = 0; i < count; i += 8)
     sum = _mm256_add_epi32(sum, _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(codes + i))));
@@ -209,7 +208,7 @@ OP int32_t sum_of(const int8_t *codes, int64_t count) { /* count: a multiple of 
   for (int32_t lane : lanes) total += lane;
   return total;
 }
-OP void encode(const float *x, int64_t count, float scale, const pt_input &in, int8_t *codes) {
+INLINE void encode(const float *x, int64_t count, float scale, const pt_input &in, int8_t *codes) {
   const __m256 by = _mm256_set1_ps(scale);
   const __m256 lo = _mm256_set1_ps((float)in.lo), hi = _mm256_set1_ps((float)in.hi);
   int64_t i = 0;

@@ -5,6 +5,17 @@
 #include "layout.h"
 #include "posttrain.h"
 
+/* Everything inside a tile has to be inlined: its sums live in registers. Not so for sanitizers,
+ * which make such large functions take minutes to compile. */
+#if defined(PT_SANITIZED)
+#define INLINE_MEMBER inline
+#define UNROLL
+#else
+#define INLINE_MEMBER inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 32")
+#endif
+#define INLINE static INLINE_MEMBER
+
 /* Activations ready to multiply. Rows are `stride` = padded columns long and zero beyond cols. */
 struct Activations {
   int64_t tokens, stride;

@@ -7,7 +7,6 @@
 namespace {
 #include "scalar.h"
 
-#define OP static inline __attribute__((always_inline))
 #define EACH4(i) for (int i = 0; i < 4; i++)
 
 /* 1 panel x 4 tokens: 16 registers of sums, 4 of weights, 4 of activations. */
@@ -20,14 +19,14 @@ struct I32 { int32x4_t v[4]; };
 struct F32 { float32x4_t v[4]; };
 template <int Bits> struct FloatTable { const float *values; };
 
-OP Bytes load_bytes(const uint8_t *from) {
+INLINE Bytes load_bytes(const uint8_t *from) {
   Bytes b;
   EACH4(i) b.v[i] = vld1q_u8(from + 16 * i);
   return b;
 }
-OP void store_bytes(uint8_t *to, Bytes b) { EACH4(i) vst1q_u8(to + 16 * i, b.v[i]); }
+INLINE void store_bytes(uint8_t *to, Bytes b) { EACH4(i) vst1q_u8(to + 16 * i, b.v[i]); }
 template <int Shift, int Bits>
-OP Bytes field(Bytes b) {
+INLINE Bytes field(Bytes b) {
   EACH4(i) {
     if constexpr (Shift > 0) b.v[i] = vshrq_n_u8(b.v[i], Shift);
     b.v[i] = vandq_u8(b.v[i], vdupq_n_u8((1 << Bits) - 1));
@@ -36,7 +35,7 @@ OP Bytes field(Bytes b) {
 }
 /* low | bits [From, From + Bits) of every byte, moved to bit To */
 template <int From, int Bits, int To>
-OP Bytes insert(Bytes low, Bytes b) {
+INLINE Bytes insert(Bytes low, Bytes b) {
   EACH4(i) {
     uint8x16_t moved = b.v[i];
     if constexpr (From > To) moved = vshrq_n_u8(moved, From - To);
@@ -45,34 +44,34 @@ OP Bytes insert(Bytes low, Bytes b) {
   }
   return low;
 }
-OP void opaque(Bytes &) {}
-OP Bytes repeat16(const uint8_t *table) {
+INLINE void opaque(Bytes &) {}
+INLINE Bytes repeat16(const uint8_t *table) {
   Bytes b;
   EACH4(i) b.v[i] = vld1q_u8(table);
   return b;
 }
-OP Bytes look_up(Bytes table, Bytes index) {
+INLINE Bytes look_up(Bytes table, Bytes index) {
   EACH4(i) index.v[i] = vqtbl1q_u8(table.v[i], index.v[i]);
   return index;
 }
 
-OP Quad broadcast4(const int8_t *from) {
+INLINE Quad broadcast4(const int8_t *from) {
   int32_t four;
   __builtin_memcpy(&four, from, 4);
   return {vreinterpretq_s8_s32(vdupq_n_s32(four))};
 }
-OP I32 set_i32(int32_t value) {
+INLINE I32 set_i32(int32_t value) {
   I32 out;
   EACH4(i) out.v[i] = vdupq_n_s32(value);
   return out;
 }
-OP I32 add(I32 a, I32 b) {
+INLINE I32 add(I32 a, I32 b) {
   EACH4(i) a.v[i] = vaddq_s32(a.v[i], b.v[i]);
   return a;
 }
 /* The instruction is signed by signed: of 8-bit codes the top bit is multiplied on its own. */
 template <bool Wide>
-OP I32 dot(I32 sum, Bytes w, Quad x) {
+INLINE I32 dot(I32 sum, Bytes w, Quad x) {
   EACH4(i) {
     if constexpr (Wide) {
       int8x16_t low = vreinterpretq_s8_u8(vandq_u8(w.v[i], vdupq_n_u8(127)));
@@ -85,8 +84,8 @@ OP I32 dot(I32 sum, Bytes w, Quad x) {
   }
   return sum;
 }
-OP int32_t first_lane(I32 a) { return vgetq_lane_s32(a.v[0], 0); }
-OP I32 load_u8(const uint8_t *from) {
+INLINE int32_t first_lane(I32 a) { return vgetq_lane_s32(a.v[0], 0); }
+INLINE I32 load_u8(const uint8_t *from) {
   uint8x16_t bytes = vld1q_u8(from);
   uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_u8(vget_high_u8(bytes));
   return {{vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(low))),
@@ -94,13 +93,13 @@ OP I32 load_u8(const uint8_t *from) {
            vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(high))),
            vreinterpretq_s32_u32(vmovl_u16(vget_high_u16(high)))}};
 }
-OP I32 subtract_product(I32 sum, const uint8_t *zeros, int32_t x) {
+INLINE I32 subtract_product(I32 sum, const uint8_t *zeros, int32_t x) {
   I32 zero = load_u8(zeros);
   EACH4(i) sum.v[i] = vmlsq_s32(sum.v[i], zero.v[i], vdupq_n_s32(x));
   return sum;
 }
 template <int J>
-OP I32 byte_of(Bytes b) {
+INLINE I32 byte_of(Bytes b) {
   I32 out;
   EACH4(i) {
     uint32x4_t word = vreinterpretq_u32_u8(b.v[i]);
@@ -110,48 +109,48 @@ OP I32 byte_of(Bytes b) {
   return out;
 }
 
-OP F32 set_f32(float value) {
+INLINE F32 set_f32(float value) {
   F32 out;
   EACH4(i) out.v[i] = vdupq_n_f32(value);
   return out;
 }
-OP F32 to_f32(I32 a) {
+INLINE F32 to_f32(I32 a) {
   F32 out;
   EACH4(i) out.v[i] = vcvtq_f32_s32(a.v[i]);
   return out;
 }
-OP F32 mul(F32 a, F32 b) {
+INLINE F32 mul(F32 a, F32 b) {
   EACH4(i) a.v[i] = vmulq_f32(a.v[i], b.v[i]);
   return a;
 }
-OP F32 subtract(F32 a, F32 b) {
+INLINE F32 subtract(F32 a, F32 b) {
   EACH4(i) a.v[i] = vsubq_f32(a.v[i], b.v[i]);
   return a;
 }
-OP F32 fma(F32 a, F32 b, F32 c) {
+INLINE F32 fma(F32 a, F32 b, F32 c) {
   EACH4(i) c.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]);
   return c;
 }
-OP F32 load_floats(const float *from) {
+INLINE F32 load_floats(const float *from) {
   F32 out;
   EACH4(i) out.v[i] = vld1q_f32(from + 4 * i);
   return out;
 }
 /* Lanes i and i + H, for i with bit H clear, become their sum and difference. */
 template <int H>
-OP F32 butterfly(F32 v) {
+INLINE F32 butterfly(F32 v) {
   float in[16], out[16];
   EACH4(i) vst1q_f32(in + 4 * i, v.v[i]);
   for (int i = 0; i < 16; i++) out[i] = i & H ? in[i ^ H] - in[i] : in[i] + in[i ^ H];
   return load_floats(out);
 }
-OP F32 load_some(const float *from, int64_t count) {
+INLINE F32 load_some(const float *from, int64_t count) {
   if (count == 16) return load_floats(from);
   float all[16] = {};
   for (int64_t i = 0; i < count; i++) all[i] = from[i];
   return load_floats(all);
 }
-OP void store_some(float *to, F32 v, int64_t count) {
+INLINE void store_some(float *to, F32 v, int64_t count) {
   float all[16];
   float *out = count == 16 ? to : all;
   EACH4(i) vst1q_f32(out + 4 * i, v.v[i]);
@@ -159,7 +158,7 @@ OP void store_some(float *to, F32 v, int64_t count) {
     for (int64_t i = 0; i < count; i++) to[i] = all[i];
 }
 template <bool Half>
-OP F32 load_halves(const uint16_t *from) {
+INLINE F32 load_halves(const uint16_t *from) {
   F32 out;
   EACH4(i) {
     uint16x4_t bits = vld1_u16(from + 4 * i);
@@ -168,7 +167,7 @@ OP F32 load_halves(const uint16_t *from) {
   }
   return out;
 }
-OP F32 load_scales(const pt_weight &w, int64_t at) {
+INLINE F32 load_scales(const pt_weight &w, int64_t at) {
   if (!w.scales) return set_f32(1.0f);
   if (w.scale_type == PT_F16) return load_halves<true>((const uint16_t *)w.scales + at);
   if (w.scale_type == PT_F32) return load_floats((const float *)w.scales + at);
@@ -178,20 +177,20 @@ OP F32 load_scales(const pt_weight &w, int64_t at) {
   return load_floats(all);
 }
 template <int Bits>
-OP FloatTable<Bits> load_table(const float *values) { return {values}; }
+INLINE FloatTable<Bits> load_table(const float *values) { return {values}; }
 template <int Bits>
-OP F32 look_up(const FloatTable<Bits> &table, I32 index) {
+INLINE F32 look_up(const FloatTable<Bits> &table, I32 index) {
   int32_t at[16];
   float all[16];
   EACH4(i) vst1q_s32(at + 4 * i, index.v[i]);
   for (int i = 0; i < 16; i++) all[i] = table.values[at[i]];
   return load_floats(all);
 }
-OP void prefetch(const uint8_t *from, int64_t bytes) {
+INLINE void prefetch(const uint8_t *from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
 
-OP uint32_t largest_magnitude(const float *x, int64_t count) {
+INLINE uint32_t largest_magnitude(const float *x, int64_t count) {
   uint32x4_t most = vdupq_n_u32(0);
   int64_t i = 0;
   for (; i + 4 <= count; i += 4) {
@@ -205,12 +204,12 @@ OP uint32_t largest_magnitude(const float *x, int64_t count) {
   }
   return largest;
 }
-OP int32_t sum_of(const int8_t *codes, int64_t count) { /* count: a multiple of 16 */
+INLINE int32_t sum_of(const int8_t *codes, int64_t count) { /* count: a multiple of 16 */
   int32x4_t sum = vdupq_n_s32(0);
   for (int64_t i = 0; i < count; i += 16) sum = vdotq_s32(sum, vld1q_s8(codes + i), vdupq_n_s8(1));
   return vaddvq_s32(sum);
 }
-OP void encode(const float *x, int64_t count, float scale, const pt_input &in, int8_t *codes) {
+INLINE void encode(const float *x, int64_t count, float scale, const pt_input &in, int8_t *codes) {
   const float32x4_t by = vdupq_n_f32(scale);
   const int32x4_t lo = vdupq_n_s32(in.lo), hi = vdupq_n_s32(in.hi);
   int64_t i = 0;

@@ -17,11 +17,6 @@
 
 namespace {
 
-#define INLINE_MEMBER inline __attribute__((always_inline))
-#define INLINE static INLINE_MEMBER
-/* Loops over a tile: its sums must lie in registers, not in an array. */
-#define UNROLL _Pragma("GCC unroll 32")
-
 static const int64_t kAhead = 4096; /* bytes ahead of the reading that memory is asked for: about +4 % */
 
 /* ------------------------------------------------------------------------------- unpacking */

@@ -4,7 +4,6 @@
 namespace {
 #include "scalar.h"
 
-#define OP static inline __attribute__((always_inline))
 
 /* 4 panels x 4 tokens: 16 sums, 4 weights and 1 activation in 32 registers. */
 static const int kGemvTokens = 4;
@@ -18,80 +17,80 @@ template <int Bits> struct FloatTable { __m512 v[Bits > 4 ? 1 << (Bits - 4) : 1]
 template <> struct FloatTable<7> { const float *values; };
 template <> struct FloatTable<8> { const float *values; };
 
-OP Bytes load_bytes(const uint8_t *from) { return {_mm512_loadu_si512(from)}; }
-OP void store_bytes(uint8_t *to, Bytes b) { _mm512_storeu_si512(to, b.v); }
+INLINE Bytes load_bytes(const uint8_t *from) { return {_mm512_loadu_si512(from)}; }
+INLINE void store_bytes(uint8_t *to, Bytes b) { _mm512_storeu_si512(to, b.v); }
 template <int Shift, int Bits>
-OP Bytes field(Bytes b) {
+INLINE Bytes field(Bytes b) {
   __m512i shifted = Shift ? _mm512_srli_epi16(b.v, Shift) : b.v;
   return {_mm512_and_si512(shifted, _mm512_set1_epi8((1 << Bits) - 1))};
 }
 /* low | bits [From, From + Bits) of every byte, moved to bit To */
 template <int From, int Bits, int To>
-OP Bytes insert(Bytes low, Bytes b) {
+INLINE Bytes insert(Bytes low, Bytes b) {
   __m512i moved = From > To   ? _mm512_srli_epi16(b.v, From > To ? From - To : 0)
                   : From < To ? _mm512_slli_epi16(b.v, To > From ? To - From : 0)
                               : b.v;
   const __m512i mask = _mm512_set1_epi8((char)(((1 << Bits) - 1) << To));
   return {_mm512_ternarylogic_epi32(low.v, moved, mask, 0xf8)}; /* low | (moved & mask) */
 }
-OP void opaque(Bytes &b) { __asm__ volatile("" : "+v"(b.v)); }
-OP Bytes repeat16(const uint8_t *table) {
+INLINE void opaque(Bytes &b) { __asm__ volatile("" : "+v"(b.v)); }
+INLINE Bytes repeat16(const uint8_t *table) {
   return {_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table))};
 }
-OP Bytes look_up(Bytes table, Bytes index) { return {_mm512_shuffle_epi8(table.v, index.v)}; }
+INLINE Bytes look_up(Bytes table, Bytes index) { return {_mm512_shuffle_epi8(table.v, index.v)}; }
 
-OP Quad broadcast4(const int8_t *from) {
+INLINE Quad broadcast4(const int8_t *from) {
   int32_t four;
   __builtin_memcpy(&four, from, 4);
   return {_mm512_set1_epi32(four)};
 }
-OP I32 set_i32(int32_t value) { return {_mm512_set1_epi32(value)}; }
-OP I32 add(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+INLINE I32 set_i32(int32_t value) { return {_mm512_set1_epi32(value)}; }
+INLINE I32 add(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 template <bool Wide>
-OP I32 dot(I32 sum, Bytes w, Quad x) {
+INLINE I32 dot(I32 sum, Bytes w, Quad x) {
   /* Not the intrinsic: gcc 12 copies the accumulator around it, a third of a tile's time. */
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(w.v), "v"(x.v));
   return sum;
 }
-OP int32_t first_lane(I32 a) { return _mm_cvtsi128_si32(_mm512_castsi512_si128(a.v)); }
-OP I32 load_u8(const uint8_t *from) {
+INLINE int32_t first_lane(I32 a) { return _mm_cvtsi128_si32(_mm512_castsi512_si128(a.v)); }
+INLINE I32 load_u8(const uint8_t *from) {
   return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from))};
 }
-OP I32 subtract_product(I32 sum, const uint8_t *zeros, int32_t x) {
+INLINE I32 subtract_product(I32 sum, const uint8_t *zeros, int32_t x) {
   return {_mm512_sub_epi32(sum.v, _mm512_mullo_epi32(load_u8(zeros).v, _mm512_set1_epi32(x)))};
 }
 template <int J>
-OP I32 byte_of(Bytes b) {
+INLINE I32 byte_of(Bytes b) {
   if constexpr (J == 3) return {_mm512_srli_epi32(b.v, 24)};
   return {_mm512_and_si512(_mm512_srli_epi32(b.v, 8 * J), _mm512_set1_epi32(255))};
 }
 
-OP F32 set_f32(float value) { return {_mm512_set1_ps(value)}; }
-OP F32 to_f32(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
-OP F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
-OP F32 subtract(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
-OP F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+INLINE F32 set_f32(float value) { return {_mm512_set1_ps(value)}; }
+INLINE F32 to_f32(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+INLINE F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+INLINE F32 subtract(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 /* Lanes i and i + H, for i with bit H clear, become their sum and difference. */
 template <int H>
-OP F32 butterfly(F32 v) {
+INLINE F32 butterfly(F32 v) {
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   __m512 other = _mm512_permutexvar_ps(_mm512_xor_si512(lane, _mm512_set1_epi32(H)), v.v);
   constexpr __mmask16 upper = H == 1 ? 0xaaaa : H == 2 ? 0xcccc : H == 4 ? 0xf0f0 : 0xff00;
   return {_mm512_mask_sub_ps(_mm512_add_ps(v.v, other), upper, other, v.v)};
 }
-OP __mmask16 first(int64_t count) { return (__mmask16)((1u << count) - 1); }
-OP F32 load_some(const float *from, int64_t count) {
+INLINE __mmask16 first(int64_t count) { return (__mmask16)((1u << count) - 1); }
+INLINE F32 load_some(const float *from, int64_t count) {
   return {_mm512_maskz_loadu_ps(first(count), from)};
 }
-OP F32 load_floats(const float *from) { return {_mm512_loadu_ps(from)}; }
-OP void store_some(float *to, F32 v, int64_t count) { _mm512_mask_storeu_ps(to, first(count), v.v); }
+INLINE F32 load_floats(const float *from) { return {_mm512_loadu_ps(from)}; }
+INLINE void store_some(float *to, F32 v, int64_t count) { _mm512_mask_storeu_ps(to, first(count), v.v); }
 template <bool Half>
-OP F32 load_halves(const uint16_t *from) {
+INLINE F32 load_halves(const uint16_t *from) {
   __m256i bits = _mm256_loadu_si256((const __m256i *)from);
   if constexpr (Half) return {_mm512_cvtph_ps(bits)};
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
 }
-OP F32 load_scales(const pt_weight &w, int64_t at) {
+INLINE F32 load_scales(const pt_weight &w, int64_t at) {
   if (!w.scales) return set_f32(1.0f);
   if (w.scale_type == PT_F16) return load_halves<true>((const uint16_t *)w.scales + at);
   if (w.scale_type == PT_F32) return load_floats((const float *)w.scales + at);
@@ -107,7 +106,7 @@ OP F32 load_scales(const pt_weight &w, int64_t at) {
   return {_mm512_castsi512_ps(_mm512_mask_set1_epi32(bits, nan, 0x7fc00000))};
 }
 template <int Bits>
-OP FloatTable<Bits> load_table(const float *values) {
+INLINE FloatTable<Bits> load_table(const float *values) {
   if constexpr (Bits > 6) {
     return {values};
   } else {
@@ -118,7 +117,7 @@ OP FloatTable<Bits> load_table(const float *values) {
   }
 }
 template <int Bits>
-OP F32 look_up(const FloatTable<Bits> &table, I32 index) {
+INLINE F32 look_up(const FloatTable<Bits> &table, I32 index) {
   if constexpr (Bits > 6) {
     return {_mm512_i32gather_ps(index.v, table.values, 4)};
   } else if constexpr (Bits <= 4) {
@@ -133,11 +132,11 @@ OP F32 look_up(const FloatTable<Bits> &table, I32 index) {
     }
   }
 }
-OP void prefetch(const uint8_t *from, int64_t bytes) {
+INLINE void prefetch(const uint8_t *from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch((const char *)from + i, _MM_HINT_T0);
 }
 
-OP uint32_t largest_magnitude(const float *x, int64_t count) {
+INLINE uint32_t largest_magnitude(const float *x, int64_t count) {
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   __m512i most = _mm512_setzero_si512();
   for (int64_t i = 0; i < count; i += 16) {
@@ -146,13 +145,13 @@ OP uint32_t largest_magnitude(const float *x, int64_t count) {
   }
   return _mm512_reduce_max_epu32(most);
 }
-OP int32_t sum_of(const int8_t *codes, int64_t count) { /* count: a multiple of 16 */
+INLINE int32_t sum_of(const int8_t *codes, int64_t count) { /* count: a multiple of 16 */
   __m512i sum = _mm512_setzero_si512();
   for (int64_t i = 0; i < count; i += 16)
     sum = _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(codes + i))));
   return _mm512_reduce_add_epi32(sum);
 }
-OP void encode(const float *x, int64_t count, float scale, const pt_input &in, int8_t *codes) {
+INLINE void encode(const float *x, int64_t count, float scale, const pt_input &in, int8_t *codes) {
   const __m512 by = _mm512_set1_ps(scale);
   const __m512 lo = _mm512_set1_ps((float)in.lo), hi = _mm512_set1_ps((float)in.hi);
   for (int64_t i = 0; i < count; i += 16) {
