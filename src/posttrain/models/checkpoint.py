@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from posttrain.models.walk import skeleton
 from posttrain.numbers import QTensor
 
 MARKER = "posttrain-unfinished.json"
+# Shards are written here and moved out whole: safetensors leaves files of its own when it is killed.
+PARTS = ".posttrain-parts"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 SHARD_METADATA = {"format": "pt"}
@@ -124,7 +127,8 @@ class CheckpointWriter:
         self._begin()
         path = self.shard_path(index)
         ordered = {name: tensors[name].detach().contiguous() for name in sorted(tensors)}
-        part = path.with_suffix(".part")
+        part = self.out_dir / PARTS / path.name
+        part.parent.mkdir(exist_ok=True)
         save_file(ordered, part, metadata=SHARD_METADATA)
         # It comes out readable by its owner only; the marker has the mode the user's files have.
         part.chmod((self.out_dir / MARKER).stat().st_mode)
@@ -143,6 +147,7 @@ class CheckpointWriter:
         self.source.copy_side_files(self.out_dir)
         if metadata is not None:
             write_json(self.out_dir / "posttrain.json", dict(metadata))
+        shutil.rmtree(self.out_dir / PARTS, ignore_errors=True)
         write_json(self.out_dir / CONFIG, self.config())
         (self.out_dir / MARKER).unlink(missing_ok=True)
         _sync_dir(self.out_dir)

@@ -163,6 +163,8 @@ def _fingerprint(source: Source, settings: QuantRecipe, seed: int, windows: torc
 # dequantized copy and its error for rounding; the working copy, steps and codes for GPTQ.
 SOLVE_BYTES = {"rtn": 16, "mse": 28, "gptq": 40}
 ROTATED_BYTES = 4  # and of the rotated weight
+# Freed memory that the C library keeps for reuse, as measured: factorisations leave holes.
+RTN_KEEPS, CALIBRATED_KEEPS = 32 << 20, 128 << 20
 
 
 def demand(job: Job) -> Demand:
@@ -189,6 +191,7 @@ def demand(job: Job) -> Demand:
         statistics=3 * gram,
         activations=cache if cache <= job.budget else 0,
         forward=4 * 6 * job.batch * calibration.window * widest if running else 0,
+        allocator=CALIBRATED_KEEPS if job.settings.solver.calibrated else RTN_KEEPS,
     )
 
 

@@ -77,7 +77,7 @@ class Demand:
     statistics: int
     activations: int
     forward: int
-    allocator: int = 32 << 20
+    allocator: int
 
     @property
     def peak(self) -> int:

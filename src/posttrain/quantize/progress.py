@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import UserError
-from posttrain.models.checkpoint import MARKER, write_json
+from posttrain.models.checkpoint import MARKER, PARTS, write_json
 
 FOLDER = ".posttrain-progress"
 RESULT = "posttrain.json"
@@ -86,7 +86,8 @@ def finished_result(out: Path, fingerprint: str) -> dict[str, Any] | None:
 
 def _clear(out: Path) -> None:
     """Remove what an earlier run of ours wrote, and nothing else."""
-    shutil.rmtree(out / FOLDER, ignore_errors=True)
+    for folder in (FOLDER, PARTS):
+        shutil.rmtree(out / folder, ignore_errors=True)
     for pattern in ("model*.safetensors", "model.safetensors.index.json", RESULT, MEASURED, MARKER):
         for path in out.glob(pattern):
             path.unlink()
