@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -168,3 +169,34 @@ assert all(map(torch.equal, want, found))
 """
     done = run(code)
     assert done.returncode == 0, done.stderr
+
+
+@needs_native
+def test_many_small_weights_take_no_more_memory_than_their_bytes():
+    """A page of 2 MiB for each of them would."""
+    code = """
+import psutil, torch
+from posttrain.kernels import allocate
+allocate(100).fill_(1)
+before = psutil.Process().memory_info().rss
+kept = [allocate(100_000).fill_(1) for _ in range(400)] + [allocate(5 << 20).fill_(1)]
+grown = psutil.Process().memory_info().rss - before
+assert grown < 1.1 * sum(map(len, kept)) + (4 << 20), grown
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(
+    not (shutil.which("aarch64-linux-gnu-g++") and shutil.which("qemu-aarch64")),
+    reason="needs a compiler and an emulator for Arm (g++-aarch64-linux-gnu, qemu-user)",
+)
+def test_neon_gives_the_same_bits_on_an_emulated_processor(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "aarch64-linux-gnu-g++")
+    monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
+    sources = [*build.SOURCES.glob("*.cpp"), Path(__file__).with_name("same_bits.cpp")]
+    monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, f"-I{build.SOURCES}"])
+    objects = [build.compile_file(source, tmp_path / f"{source.stem}.o") for source in sources]
+    program = tmp_path / "same_bits"
+    output("aarch64-linux-gnu-g++", "-static", "-pthread", *objects, "-o", program)
+    assert "neon-dotprod,portable: 896 cases, 0 differ" in output("qemu-aarch64", program)

@@ -110,6 +110,19 @@ def test_integer_sums_are_exact(isa, weights, activations):
             assert torch.equal(product(small, q, None, activations)[exact], want[exact].float())
 
 
+def test_sums_too_long_for_32_bits_are_taken_in_parts(isa):
+    """One row of 70,000 products of -128 and 127: 1.1e9 each way, and the two parts stay exact."""
+    cols = 70_000
+    spec = Spec.parse("int8t | fp32/row")
+    codes = torch.full((3, cols), -128, dtype=torch.int8)
+    q = QTensor(codes, Scales(spec, (torch.ones(3, 1),)), spec)
+    for tokens in (1, 12):
+        x = torch.full((tokens, cols), 127.0)
+        x[:, 0] = -127.5  # code -128, so that the scale is 1
+        want = -128.0 * (127 * (cols - 1) - 128)
+        assert (product(x, q, None, A8) / want - 1).abs().max() < 1e-7
+
+
 @pytest.mark.parametrize("weights,activations", [("w6g64", A8), ("w4g32z", A8_GROUPED), ("w8", A8)])
 def test_the_torch_path_is_the_same_product(isa, weights, activations):
     q, bias, x = example(weights, 75, 640, 11)

@@ -10,6 +10,7 @@ from posttrain import kernels
 from posttrain.errors import UserError
 from posttrain.models import native
 from posttrain.models.linear import QuantLinear, integer_bound
+from posttrain.models.load import model_size
 from posttrain.models.plan import LayerPlan
 from posttrain.numbers import quantize, spec
 
@@ -228,6 +229,7 @@ def test_native_layers_compute_the_same_product_and_give_their_codes_back(weight
         assert ((layer(x) - want).abs() <= slack).all()
         assert torch.equal(layer.qweight().codes, q.codes)
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+    assert model_size(layer)["bytes"] == sum(tensor.nbytes for tensor in before.values())
     after = layer.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
     layer.to(torch.bfloat16)

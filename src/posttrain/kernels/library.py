@@ -75,7 +75,7 @@ _SIGNATURES = {
     "pt_set_threads": (None, [_i32]),
     "pt_threads": (_i32, []),
     "pt_allocate": (_pointer, [_i64]),
-    "pt_free": (None, [_pointer, _i64]),
+    "pt_free": (None, [_pointer]),
 }
 
 
@@ -181,5 +181,5 @@ def allocate(nbytes: int) -> Tensor:
     if not address:
         raise MemoryError(f"no {nbytes} bytes for packed weights")
     owner = (ctypes.c_uint8 * nbytes).from_address(address)
-    weakref.finalize(owner, library.pt_free, address, nbytes)
+    weakref.finalize(owner, library.pt_free, address)
     return torch.frombuffer(owner, dtype=torch.uint8)

@@ -10,7 +10,6 @@ import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -302,10 +301,3 @@ def quantize_input(x: Tensor, input: InputFormat) -> tuple[Tensor, Tensor]:
     )  # fmt: skip
     library.check(status, f"activations {[tokens, cols]}")
     return codes, scales
-
-
-def describe(struct: Any) -> str:
-    """What a kernel does with a weight, for people: "6-bit integers, groups of 64"."""
-    names = {number: name for name, number in STAGES.items()}
-    per = "row" if struct.group >= struct.cols else f"{struct.group} columns"
-    return f"{struct.bits}-bit {names[struct.stage]}, one scale per {per}"

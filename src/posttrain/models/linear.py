@@ -132,9 +132,9 @@ class QuantLinear(nn.Module):
 
     def qweight(self) -> QTensor:
         """The weight as codes and scales, unpacked."""
-        return native.unpack_qtensor("weight", self._stored(), self.weight_spec, self.shape)
+        return native.unpack_qtensor("weight", self.stored_buffers(), self.weight_spec, self.shape)
 
-    def _stored(self) -> dict[str, Tensor | None]:
+    def stored_buffers(self) -> dict[str, Tensor | None]:
         """The buffers, with the codes back in their stored layout where a kernel has them."""
         stored = dict(self._buffers)
         if self._kernel is not None:
@@ -161,7 +161,7 @@ class QuantLinear(nn.Module):
     def resident(self, how: str) -> None:
         check_resident(how)
         if self._kernel is not None and how != "native":
-            self._buffers[_CODES] = self._stored()[_CODES]
+            self._buffers[_CODES] = self.stored_buffers()[_CODES]
             self._kernel = None
         if how == "native" and self._kernel is None and self.no_kernel is None:
             self._kernel = _Kernel(self)
@@ -220,13 +220,13 @@ class QuantLinear(nn.Module):
         return y
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        own, self._buffers = self._buffers, self._stored()
+        own, self._buffers = self._buffers, self.stored_buffers()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         self._buffers = own
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: memory that belongs to a kernel stays where it is, and is packed anew."""
-        return self.__dict__ | {"_buffers": self._stored(), "_kernel": None}
+        return self.__dict__ | {"_buffers": self.stored_buffers(), "_kernel": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

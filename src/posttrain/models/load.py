@@ -380,14 +380,15 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def _owned_bytes(model: nn.Module) -> Iterable[tuple[int, bool]]:
-    seen: set[int] = set()
+    seen: dict[int, Tensor] = {}  # holds what it names, so that no id is given out again
     for module in model.modules():
         buffers = set(module._buffers) - module._non_persistent_buffers_set
-        own = [*module._parameters.values(), *(module._buffers[name] for name in buffers)]
+        stored = module.stored_buffers() if isinstance(module, QuantLinear) else module._buffers
+        own = [*module._parameters.values(), *(stored[name] for name in buffers)]
         quantized = isinstance(module, QuantLinear) or bool(experts.records(module))
         for tensor in own:
             if tensor is not None and id(tensor) not in seen:
-                seen.add(id(tensor))
+                seen[id(tensor)] = tensor
                 yield tensor.numel() * tensor.element_size(), quantized
 
 

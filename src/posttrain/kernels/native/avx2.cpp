@@ -227,9 +227,7 @@ INLINE void encode(const float *x, int64_t count, float scale, const pt_input &i
 #include "product.h"
 
 const Kernels *avx2_kernels() {
-  static const Kernels kernels = {
-      "avx2", gemm_tile, gemv, gemm, unpack, rotate, quantize, read_bytes,
-      multiply_registers};
+  static const Kernels kernels = kernels_named("avx2");
   return &kernels;
 }
 #else

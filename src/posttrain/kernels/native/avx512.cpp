@@ -6,9 +6,7 @@
 #include "product.h"
 
 const Kernels *avx512_kernels() {
-  static const Kernels kernels = {
-      "avx512vnni", gemm_tile, gemv, gemm, unpack, rotate, quantize, read_bytes,
-      multiply_registers};
+  static const Kernels kernels = kernels_named("avx512vnni");
   return &kernels;
 }
 #else

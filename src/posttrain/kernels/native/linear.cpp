@@ -2,6 +2,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <new>
 #include <numeric>
 #include <vector>
 
@@ -26,6 +27,7 @@ class Buffer {
       free(data_);
       data_ = aligned_alloc(64, bytes);
       size_ = data_ ? bytes : 0;
+      if (!data_) throw std::bad_alloc();
     }
     return (T *)data_;
   }
@@ -65,6 +67,7 @@ bool valid(const pt_weight &w) {
 bool valid(const pt_input &in, int64_t cols) {
   if (in.bits == 0) return true;
   if (in.bits < 2 || in.bits > 8 || in.lo < -128 || in.hi > 127 || !(in.top > 0)) return false;
+  if (in.scale_type != PT_F32 && in.scale_type != PT_F16) return false;
   return in.group >= cols || (in.group > 0 && in.group % 16 == 0);
 }
 
@@ -193,6 +196,18 @@ void multiply(const Kernels &kernels, const std::vector<Product> &products, int6
   });
 }
 
+/* Runs a computation that needs workspace; says so where there is no memory for it. */
+template <class F>
+int32_t guarded(F compute) {
+  std::lock_guard<std::mutex> guard(engine_lock());
+  try {
+    compute();
+  } catch (const std::bad_alloc &) {
+    return PT_NO_MEMORY;
+  }
+  return PT_OK;
+}
+
 }  // namespace
 
 int32_t pt_linear(const pt_weight *const *weights, int32_t count, const float *x, int64_t ldx,
@@ -205,24 +220,24 @@ int32_t pt_linear(const pt_weight *const *weights, int32_t count, const float *x
     if (weights[i]->cols != cols || ldy[i] < weights[i]->rows) return PT_BAD_SHAPE;
   }
   if (tokens == 0) return PT_OK;
-  std::lock_guard<std::mutex> guard(engine_lock());
-  const Kernels &kernels = active_kernels();
-  Prepared prepared(kernels, x, ldx, tokens, cols, *input);
-  /* Weights in a row with the same groups share the same form of activations; 0 is as floats. */
-  auto form = [&](const pt_weight &w) -> int64_t {
-    return input->bits && w.stage <= PT_LOOKUP ? group_of(w.group, cols) : 0;
-  };
-  for (int first = 0; first < count;) {
-    const int64_t group = form(*weights[first]);
-    Activations a = group ? prepared.quantized(segment_of(*weights[first], input->group),
-                                               ceil_div(cols, group), group)
-                          : prepared.floats();
-    std::vector<Product> products;
-    for (; first < count && form(*weights[first]) == group; first++)
-      products.push_back({weights[first], a, y[first], ldy[first]});
-    multiply(kernels, products, tokens);
-  }
-  return PT_OK;
+  return guarded([&] {
+    const Kernels &kernels = active_kernels();
+    Prepared prepared(kernels, x, ldx, tokens, cols, *input);
+    /* Weights in a row with the same groups share the same form of activations; 0 is as floats. */
+    auto form = [&](const pt_weight &w) -> int64_t {
+      return input->bits && w.stage <= PT_LOOKUP ? group_of(w.group, cols) : 0;
+    };
+    for (int first = 0; first < count;) {
+      const int64_t group = form(*weights[first]);
+      Activations a = group ? prepared.quantized(segment_of(*weights[first], input->group),
+                                                 ceil_div(cols, group), group)
+                            : prepared.floats();
+      std::vector<Product> products;
+      for (; first < count && form(*weights[first]) == group; first++)
+        products.push_back({weights[first], a, y[first], ldy[first]});
+      multiply(kernels, products, tokens);
+    }
+  });
 }
 
 int32_t pt_quantize(const float *x, int64_t ldx, int64_t tokens, int32_t cols,
@@ -230,12 +245,12 @@ int32_t pt_quantize(const float *x, int64_t ldx, int64_t tokens, int32_t cols,
   if (cols < 1 || tokens < 0) return PT_BAD_SHAPE;
   if (input->bits == 0 || !valid(*input, cols)) return PT_BAD_FORMAT;
   if (tokens == 0) return PT_OK;
-  std::lock_guard<std::mutex> guard(engine_lock());
-  Prepared prepared(active_kernels(), x, ldx, tokens, cols, *input);
-  Activations a = prepared.quantized(padded(cols), 1, cols);
-  for (int64_t t = 0; t < tokens; t++) memcpy(codes + t * cols, a.codes + t * a.stride, cols);
-  memcpy(scales, a.scales, tokens * a.scale_groups * sizeof(float));
-  return PT_OK;
+  return guarded([&] {
+    Prepared prepared(active_kernels(), x, ldx, tokens, cols, *input);
+    Activations a = prepared.quantized(padded(cols), 1, cols);
+    for (int64_t t = 0; t < tokens; t++) memcpy(codes + t * cols, a.codes + t * a.stride, cols);
+    memcpy(scales, a.scales, tokens * a.scale_groups * sizeof(float));
+  });
 }
 
 int32_t pt_rotate(float *x, int64_t tokens, int32_t cols) {

@@ -120,12 +120,14 @@ int32_t pt_pack_scales(const void *scales, int32_t rows, int32_t groups, int32_t
 static const int64_t kLargePage = 2 << 20;
 
 void *pt_allocate(int64_t bytes) {
-  if (bytes <= 0) return nullptr;
-  void *memory = aligned_alloc(kLargePage, ceil_div(bytes, kLargePage) * kLargePage);
+  void *memory = nullptr;
+  /* Large pages only where they are filled: a small weight on one would take all of its 2 MiB. */
+  const int64_t filled = bytes / kLargePage * kLargePage;
+  if (bytes <= 0 || posix_memalign(&memory, filled ? kLargePage : kVector, bytes)) return nullptr;
 #ifdef MADV_HUGEPAGE
-  if (memory) madvise(memory, ceil_div(bytes, kLargePage) * kLargePage, MADV_HUGEPAGE);
+  if (filled) madvise(memory, filled, MADV_HUGEPAGE);
 #endif
   return memory;
 }
 
-void pt_free(void *memory, int64_t) { free(memory); }
+void pt_free(void *memory) { free(memory); }

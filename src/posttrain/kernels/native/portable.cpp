@@ -32,7 +32,7 @@ static inline Bytes insert(Bytes low, Bytes b) {
   EACH(i, 64) low.at[i] = (uint8_t)(low.at[i] | (b.at[i] >> From & ((1 << Bits) - 1)) << To);
   return low;
 }
-static inline void opaque(Bytes &) {}
+static inline void opaque(Bytes &b) { __asm__ volatile("" : "+m"(b)); }
 static inline Bytes repeat16(const uint8_t *table) {
   Bytes b;
   EACH(i, 64) b.at[i] = table[i % 16];
@@ -158,8 +158,6 @@ static inline void encode(const float *x, int64_t count, float scale, const pt_i
 #include "product.h"
 
 const Kernels *portable_kernels() {
-  static const Kernels kernels = {
-      "portable", gemm_tile, gemv, gemm, unpack, rotate, quantize, read_bytes,
-      multiply_registers};
+  static const Kernels kernels = kernels_named("portable");
   return &kernels;
 }

@@ -123,7 +123,7 @@ PT_API double pt_probe_peak(double seconds);
 
 /* Memory on 2 MiB pages where the system gives them: worth a sixth of the bandwidth. */
 PT_API void *pt_allocate(int64_t bytes);
-PT_API void pt_free(void *memory, int64_t bytes);
+PT_API void pt_free(void *memory);
 
 #ifdef __cplusplus
 }

@@ -11,8 +11,6 @@
  *
  * and, for products in float32, one column after the other within a group.
  */
-#include <stddef.h>
-
 #include "kernels.h"
 
 namespace {
@@ -413,7 +411,7 @@ void float_gemv(const Product &product, const Share &share) {
   else for_tiles<1, kGemvTokens>(share, run);
 }
 
-[[maybe_unused]] void gemv(const Product &product, const Share &share) {
+void gemv(const Product &product, const Share &share) {
   const pt_weight &w = *product.weight;
   if (!in_integers(product)) {
     with_float_weights(w, [&](auto weights) { float_gemv<decltype(weights)>(product, share); });
@@ -471,12 +469,12 @@ void float_block(const Product &product, const Share &block, const uint8_t *code
 }
 
 /* One sum per row fills the registers with integers; with several they share them with floats. */
-[[maybe_unused]] TileShape gemm_tile(const Product &product) {
+TileShape gemm_tile(const Product &product) {
   if (!in_integers(product)) return kFloatTile;
   return product.x.segments == 1 ? kRowTile : kGroupTile;
 }
 
-[[maybe_unused]] void gemm(const Product &product, const Share &share, uint8_t *scratch) {
+void gemm(const Product &product, const Share &share, uint8_t *scratch) {
   const int64_t panels = gemm_tile(product).panels;
   for (int64_t first = share.panel; first < share.panel_end; first += panels) {
     int64_t end = first + panels < share.panel_end ? first + panels : share.panel_end;
@@ -504,7 +502,7 @@ INLINE float scale_of(uint32_t absmax_bits, const pt_input &in) {
 }
 
 /* x [cols] times the orthonormal block-Hadamard matrix of models/rotation.py, in place. */
-[[maybe_unused]] void rotate(float *x, int64_t cols) {
+void rotate(float *x, int64_t cols) {
   int64_t block = cols & -cols;
   if (block > kLargestRotation) block = kLargestRotation;
   const float norm = 1.0f / __builtin_sqrtf((float)block);
@@ -529,7 +527,7 @@ INLINE float scale_of(uint32_t absmax_bits, const pt_input &in) {
   }
 }
 
-[[maybe_unused]] void quantize(const float *x, int64_t ldx, int64_t cols, const pt_input &in, int64_t first,
+void quantize(const float *x, int64_t ldx, int64_t cols, const pt_input &in, int64_t first,
               int64_t last, Activations &out) {
   for (int64_t token = first; token < last; token++) {
     const float *row = x + token * ldx;
@@ -557,7 +555,7 @@ INLINE float scale_of(uint32_t absmax_bits, const pt_input &in) {
 /* ------------------------------------------------------------------------------- probes */
 
 /* Reads every byte once, with the prefetching of a product; the result keeps the reads alive. */
-[[maybe_unused]] int32_t read_bytes(const uint8_t *from, int64_t bytes) {
+int32_t read_bytes(const uint8_t *from, int64_t bytes) {
   const Quad ones = broadcast4((const int8_t *)"\1\1\1\1");
   I32 sums[4] = {set_i32(0), set_i32(0), set_i32(0), set_i32(0)};
   for (int64_t i = 0; i + 4 * kVector <= bytes; i += 4 * kVector) {
@@ -568,7 +566,7 @@ INLINE float scale_of(uint32_t absmax_bits, const pt_input &in) {
 }
 
 /* Independent integer products of one step each, `rounds` times 16: only arithmetic. */
-[[maybe_unused]] int32_t multiply_registers(int64_t rounds) {
+int32_t multiply_registers(int64_t rounds) {
   const uint8_t codes[kVector] = {1, 2, 3};
   Bytes w = load_bytes(codes);
   Quad x = broadcast4((const int8_t *)codes);
@@ -581,6 +579,11 @@ INLINE float scale_of(uint32_t absmax_bits, const pt_input &in) {
   }
   UNROLL for (int i = 1; i < n; i++) sums[0] = add(sums[0], sums[i]);
   return first_lane(sums[0]);
+}
+
+/* All of the above under the name of an instruction set. */
+[[maybe_unused]] Kernels kernels_named(const char *name) {
+  return {name, gemm_tile, gemv, gemm, unpack, rotate, quantize, read_bytes, multiply_registers};
 }
 
 }  // namespace
