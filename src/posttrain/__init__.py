@@ -27,7 +27,7 @@ _VERBS = {
     "quantize": ("posttrain.quantize", "quantize"),
     "evaluate": ("posttrain.evaluate", "evaluate"),
     "compare": ("posttrain.report.verb", "compare"),
-    "load": ("posttrain.models.load", "load"),
+    "load": ("posttrain.lm.local", "load"),
     "chat": ("posttrain.lm.chat", "chat"),
     "run": ("posttrain.recipe", "run"),
 }
@@ -36,7 +36,7 @@ __all__ = ["UserError", "__version__", "chat", "compare", "evaluate", "load", "q
 if TYPE_CHECKING:
     from posttrain.evaluate import evaluate as evaluate
     from posttrain.lm.chat import chat as chat
-    from posttrain.models.load import load as load
+    from posttrain.lm.local import load as load
     from posttrain.quantize import quantize as quantize
     from posttrain.recipe import run as run
     from posttrain.report.verb import compare as compare

@@ -16,6 +16,7 @@ from posttrain.errors import UserError
 from posttrain.evaluate import compare, evaluate, read_records
 from posttrain.evaluate.pairing import position_edges
 from posttrain.evaluate.subject import Subject
+from posttrain.lm import engine
 
 SIZE = {"bits_per_weight": 8.0, "bytes": 1000}
 QUIET = {"window": 32, "progress": False}
@@ -36,7 +37,7 @@ def test_evaluate_has_the_keys_of_the_interface(tiny, text):
     assert found["nll_ci_low"] < found["nll"] < found["nll_ci_high"]
     assert np.mean(found["window_nll"]) == pytest.approx(found["nll"])
     assert found["text"] == {"name": "numbers", "sha256": text.sha256, "tokens": 576}
-    assert (found["dtype"], found["implementation"]) == ("float32", "torch")
+    assert (found["dtype"], found["implementation"]) == ("float32", engine(tiny).name)
     json.dumps(found, allow_nan=False)
 
 

@@ -100,6 +100,22 @@ def share(text: str) -> float:
     return value
 
 
+def fraction(text: str) -> float:
+    """A number from 0 to 1."""
+    value = _number(text, float, 0, "a number from 0 to 1")
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
+def factor(text: str) -> float:
+    """A number above 0."""
+    value = _number(text, float, 0, "a number above 0")
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
 def _number(text: str, kind: Callable[[str], Any], least: float, wanted: str) -> Any:
     try:
         value = kind(text)

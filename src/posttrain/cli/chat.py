@@ -13,7 +13,7 @@ import argparse
 import sys
 from typing import Any
 
-from posttrain.cli.arguments import Parser, count, options, positive, share, whole
+from posttrain.cli.arguments import Parser, count, factor, fraction, options, positive, share, whole
 from posttrain.errors import UserError
 
 RESUME = ""
@@ -32,11 +32,28 @@ def arguments(parser: Parser) -> None:
         help="0 takes the likeliest token; around 0.7 is varied",
     )
     add(
+        "--top-k", metavar="K", type=whole, default=0, help="sample among the K likeliest; 0 is all"
+    )
+    add(
         "--top-p",
         metavar="P",
         type=share,
         default=1.0,
         help="sample among the likeliest tokens that together have probability P",
+    )
+    add(
+        "--min-p",
+        metavar="P",
+        type=fraction,
+        default=0.0,
+        help="leave out tokens less than P times as likely as the likeliest",
+    )
+    add(
+        "--repetition-penalty",
+        metavar="R",
+        type=factor,
+        default=1.0,
+        help="above 1 makes tokens that occurred less likely",
     )
     add("--max-new-tokens", metavar="N", type=count, default=256, help="longest answer, in tokens")
     add("--seed", metavar="N", type=whole, default=0, help="of the sampling")
@@ -67,7 +84,9 @@ def _converse(args: argparse.Namespace) -> None:
 
     talk = Conversation(args.model, system=args.system)
     sampling = {
-        name: getattr(args, name) for name in ("temperature", "top_p", "max_new_tokens", "seed")
+        name: value
+        for name, value in options(args).items()
+        if name not in ("model", "prompt", "system")
     }
     interactive = sys.stdin.isatty()
     if interactive:

@@ -17,6 +17,7 @@ from posttrain.evaluate.score import Scores
 from posttrain.evaluate.sensitivity import WINDOW, WINDOWS, block_sensitivity
 from posttrain.evaluate.subject import Subject, require_same_tokens
 from posttrain.evaluate.windows import Windows
+from posttrain.models.load import set_resident
 
 KL_KINDS = ("full", "topk")
 
@@ -159,6 +160,8 @@ class _Comparison:
             if not fits_together([reference, subject]):
                 self.notes.append(provenance.NO_SENSITIVITY_NOTE.format(name=subject.name))
                 continue
+            # Block by block is PyTorch's work, which should not unpack a weight more than once.
+            set_resident(subject.open(), "dequantized")
             entry["block_sensitivity"] = block_sensitivity(
                 reference.open(), subject.open(), windows, self.options.progress
             )

@@ -6,7 +6,7 @@ everything computed from them goes through in chunks of rows that fit the cache.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from posttrain.errors import UserError
 from posttrain.evaluate.divergence import FullTarget, TopTarget
 from posttrain.evaluate.windows import Batch, Windows
-from posttrain.lm.local import last_logits
+from posttrain.lm.engine import Engine, TorchEngine, last_logits, scoring_engine
 
 CHUNK_BYTES = 16 * 2**20  # of float32 logits worked on at a time
 
@@ -48,10 +48,12 @@ class Scorer:
     name: str
     windows: Windows
     against: bool = False  # whether batches come with targets of a reference
+    runner: Engine | None = None  # what computes; None: the best for this model
     _values: dict[str, torch.Tensor] = field(default_factory=dict)
     _seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        self.runner = self.runner or scoring_engine(self.model)
         shape = len(self.windows), self.windows.window - 1
         for part in ("nll", "kl", "agree") if self.against else ("nll",):
             self._values[part] = torch.full(shape, torch.nan)
@@ -64,7 +66,8 @@ class Scorer:
         logits as targets for other models; both are one for each chunk of rows, in order."""
         began = time.perf_counter()
         tokens = self.windows.tokens[batch.start : batch.stop].to(self.model.device)
-        logits = batch_logits(self.model, tokens, batch.first)
+        assert self.runner is not None
+        logits = batch_logits(self.runner, tokens, batch.first)
         kept, parts = [], []
         for i, (chunk, wanted) in enumerate(_chunks(logits, tokens[:, batch.first :])):
             log_partition = chunk.logsumexp(-1)
@@ -93,19 +96,22 @@ class Scorer:
             values[rows, batch.first - 1 :] = part.view(batch.stop - batch.start, -1)
 
 
-def batch_logits(model: Any, tokens: torch.Tensor, first: int) -> torch.Tensor:
-    """Logits that predict positions ``first`` and on of ``tokens`` ``[batch, window]``, in the
-    model's dtype, ``[batch, window - first, vocabulary]``."""
+def batch_logits(runner: Engine, tokens: torch.Tensor, first: int) -> Sequence[torch.Tensor]:
+    """Logits that predict positions ``first`` and on of ``tokens`` ``[batch, window]``: for each
+    window ``[window - first, vocabulary]``."""
     count = tokens.shape[1] - first + 1
-    return last_logits(model, tokens, count, use_cache=False)[:, :-1]
+    if isinstance(runner, TorchEngine):  # all windows at once, in the model's own dtype
+        return list(last_logits(runner.model, tokens, count, use_cache=False)[:, :-1])
+    fed = [(runner.session(tokens.shape[1], "fp32"), window.tolist()) for window in tokens]
+    return [runner.forward([one], keep=count)[:-1] for one in fed]
 
 
 def _chunks(
-    logits: torch.Tensor, targets: torch.Tensor
+    logits: Sequence[torch.Tensor], targets: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Rows of one window at a time: a slice across windows would have to copy them."""
-    size = max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
     for window_logits, window_targets in zip(logits, targets, strict=True):
+        size = max(1, CHUNK_BYTES // (4 * window_logits.shape[-1]))
         for start in range(0, len(window_logits), size):
             rows = slice(start, start + size)
             yield window_logits[rows].float(), window_targets[rows]

@@ -16,6 +16,7 @@ from posttrain.errors import UserError
 from posttrain.evaluate.divergence import FullTarget
 from posttrain.evaluate.score import Scorer
 from posttrain.evaluate.windows import Batch, Windows
+from posttrain.lm.engine import TorchEngine
 
 WINDOWS, WINDOW = 2, 256
 
@@ -39,13 +40,14 @@ def block_sensitivity(
             f"reference and {len(changed)} in the other"
         )
     batch = Batch(0, len(windows), 1)
-    recorder = Scorer(reference, "the reference", windows)
+    runner = TorchEngine(reference)  # one engine for all: only blocks may make a difference
+    recorder = Scorer(reference, "the reference", windows, runner=runner)
     with _recorded(blocks) as outputs:
         targets = recorder(batch, keep=FullTarget)
     found = []
     for i, (name, _) in enumerate(tqdm(blocks, desc="sensitivity", disable=not progress)):
         swaps = {before: _Replay(block, outputs[before]) for before, block in blocks[:i]}
-        scorer = Scorer(reference, f"block {name}", windows, against=True)
+        scorer = Scorer(reference, f"block {name}", windows, against=True, runner=runner)
         with _swapped(reference, swaps | {name: changed[name]}):
             scorer(batch, targets)
         found.append({"block": name, "kl": float(scorer.scores().parts()["kl"].double().mean())})

@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from posttrain.errors import UserError
+from posttrain.lm.engine import scoring_engine
 
 DTYPES = {
     "float32": torch.float32,
@@ -58,15 +59,16 @@ class Subject:
         return self.model is not None
 
     def open(self) -> Any:
-        """The model, loaded now if it was not. Quantized linears keep their dequantized weights
-        where memory clearly allows: the results are bitwise the same, and no weight is unpacked
-        again for every batch."""
+        """The model, loaded now if it was not. Where the native decoder cannot score it, quantized
+        linears keep their dequantized weights if memory clearly allows: the results are bitwise
+        the same, and no weight is unpacked again for every batch."""
         if self.model is None:
-            from posttrain.models.load import load
+            from posttrain.models.load import load, set_resident
 
             roomy = self.memory_needed() < MEMORY_SHARE * psutil.virtual_memory().available
-            resident = "dequantized" if roomy else "packed"
-            self.model = load(self.name, dtype=_torch_dtype(self.dtype), resident=resident)
+            self.model = load(self.name, dtype=_torch_dtype(self.dtype))
+            if roomy and scoring_engine(self.model).name == "torch":
+                set_resident(self.model, "dequantized")
         if self.tokenizer is None:
             self.tokenizer = self.model.tokenizer
         return self.model
@@ -99,6 +101,7 @@ class Subject:
         """Size and implementation of the open model."""
         from posttrain.models.load import implementation, model_size
 
+        scorer = scoring_engine(self.model).name
         info = dict(getattr(self.model, "posttrain", None) or {})
         if not {"bits_per_weight", "bytes"} <= info.keys():
             info |= model_size(self.model)
@@ -107,7 +110,7 @@ class Subject:
         found |= {key: info[key] for key in optional if info.get(key) is not None}
         return found | {
             "dtype": _dtype_name(self.model.dtype),
-            "implementation": implementation(self.model),
+            "implementation": implementation(self.model) if scorer == "torch" else scorer,
         }
 
     def caveats(self) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ Source in `native/` (C++, one file per instruction set, chosen at run time); `bu
 `models.linear` computes the same products in torch, and works where nothing could be compiled.
 """
 
+from posttrain.kernels.decoder import BlockWeights, Decoder, Dimensions, Memory
 from posttrain.kernels.library import (
     allocate,
     available,
@@ -17,16 +18,24 @@ from posttrain.kernels.library import (
 )
 from posttrain.kernels.packed import (
     InputFormat,
+    PackedLinear,
     PackedWeight,
     linear,
     quantize_input,
     scale_width,
     unsupported,
 )
+from posttrain.kernels.sampling import Sampling
 
 __all__ = [
+    "BlockWeights",
+    "Decoder",
+    "Dimensions",
     "InputFormat",
+    "Memory",
+    "PackedLinear",
     "PackedWeight",
+    "Sampling",
     "allocate",
     "available",
     "find",

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from posttrain.errors import UserError
 
-ABI = 1
+ABI = 2
 LIBRARY = Path(__file__).with_name("_native.so")
 BUILD = "python -m posttrain.kernels.build"
-STAGES = {"integer": 0, "lookup": 1, "table": 2, "float": 3}
+STAGES = {"integer": 0, "lookup": 1, "table": 2, "float": 3, "rows": 4}
 SCALE_TYPES = {"fp32": 0, "fp16": 1, "bf16": 2, "e4m3": 3, "e8m0": 4}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
+CACHE_TYPES = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 3}
 STATUS = {
     1: "shapes that do not fit together",
     2: "a format it does not know",
@@ -53,6 +55,64 @@ class Input(ctypes.Structure):
     ]
 
 
+_NORMS = ("attention_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm", "q_norm", "k_norm")
+_LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+_INPUTS = ("qkv_input", "o_input", "mlp_input", "down_input")
+_f32 = ctypes.c_float
+
+
+class Block(ctypes.Structure):
+    """`pt_block` of native/posttrain.h."""
+
+    _fields_ = [
+        *((name, _pointer) for name in _NORMS),
+        *((name, ctypes.POINTER(Weight)) for name in _LINEARS),
+        *((name, Input) for name in _INPUTS),
+        ("window", _i32),
+        ("rope", _i32),
+    ]
+
+
+class Model(ctypes.Structure):
+    """`pt_model` of native/posttrain.h."""
+
+    _fields_ = [
+        *((name, _i32) for name in ("blocks", "width", "heads", "kv_heads", "head_size", "rotary")),
+        *((name, _i32) for name in ("vocabulary", "activation")),
+        *((name, _f32) for name in ("eps", "embedding_scale", "residual_scale")),
+        *((name, _f32) for name in ("attention_scale", "logit_scale")),
+        *((name, _f32) for name in ("attention_cap", "logit_cap")),
+        ("block", ctypes.POINTER(Block)),
+        ("norm", _pointer),
+        ("embedding", ctypes.POINTER(Weight)),
+        ("head", ctypes.POINTER(Weight)),
+        ("head_input", Input),
+    ]
+
+
+class Memory(ctypes.Structure):
+    """`pt_sequence` of native/posttrain.h."""
+
+    _fields_ = [
+        *((name, _pointer) for name in ("keys", "values", "key_scales", "value_scales")),
+        ("angles", _pointer * 2),
+        ("capacity", _i64),
+        ("length", _i64),
+        ("tokens", _i32),
+        ("type", _i32),
+    ]
+
+
+class Draw(ctypes.Structure):
+    """`pt_sampling` of native/posttrain.h."""
+
+    _fields_ = [
+        *((name, _f32) for name in ("temperature", "top_p", "min_p", "repetition_penalty")),
+        ("top_k", _i32),
+        ("seed", ctypes.c_uint64),
+    ]
+
+
 _weights, _input, _pointers, _lengths = (
     ctypes.POINTER(kind) for kind in (ctypes.POINTER(Weight), Input, _pointer, _i64)
 )
@@ -66,6 +126,19 @@ _SIGNATURES = {
     "pt_linear": (_i32, [_weights, _i32, _pointer, _i64, _i64, _input, _pointers, _lengths]),
     "pt_quantize": (_i32, [_pointer, _i64, _i64, _i32, _input, _pointer, _pointer]),
     "pt_rotate": (_i32, [_pointer, _i64, _i32]),
+    "pt_forward": (
+        _i32,
+        [
+            ctypes.POINTER(Model),
+            ctypes.POINTER(Memory),
+            _i32,
+            _pointer,
+            _pointer,
+            _i32,
+            _pointer,
+        ],
+    ),
+    "pt_sample": (_i32, [_pointer, _i32, ctypes.POINTER(Draw), _pointer, _i64, _i64]),
     "pt_probe_bandwidth": (ctypes.c_double, [_pointer, _i64]),
     "pt_probe_peak": (ctypes.c_double, [ctypes.c_double]),
     "pt_sources": (ctypes.c_char_p, []),

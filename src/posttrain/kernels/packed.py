@@ -136,6 +136,23 @@ class PackedWeight:
         made._set_bias(bias)
         return made
 
+    @classmethod
+    def in_place(cls, weight: Tensor, bias: Tensor | None = None) -> "PackedWeight":
+        """Multiply with float32, bfloat16 or float16 [rows, cols] where it lies; nothing is copied."""
+        if weight.dtype not in _FLOATS or not weight.is_contiguous() or not weight.is_cpu:
+            raise UserError(
+                f"only contiguous float weights in main memory can be used in place, not "
+                f"{weight.dtype} {list(weight.shape)} on {weight.device}"
+            )
+        rows, cols = weight.shape
+        bits, half = _FLOATS[weight.dtype]
+        struct = Weight(rows=rows, cols=cols, bits=bits, half=half, group=cols, multiplier=1.0)
+        struct.stage = STAGES["rows"]
+        made = cls(struct)
+        made._keep("codes", weight.detach())
+        made._set_bias(bias)
+        return made
+
     def codes(self) -> Tensor:
         """The codes again as unsigned bytes [rows, cols]; signed ones with `struct.zero` added."""
         rows, cols = self.shape
@@ -269,6 +286,19 @@ def linear(x: Tensor, weights: Sequence[PackedWeight], input: InputFormat) -> li
     )
     library.check(status, f"a product with {[list(w.shape) for w in weights]}")
     return outputs
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLinear:
+    """A weight [rows, cols] and how its activations enter: a linear layer on the kernels."""
+
+    weight: PackedWeight
+    input: InputFormat
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [.., cols] to [.., rows], in x's dtype."""
+        (y,) = linear(x.reshape(-1, self.weight.shape[1]), [self.weight], self.input)
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.weight.shape[0])
 
 
 def _prepared(x: Tensor, input: InputFormat) -> tuple[Input, Tensor]:

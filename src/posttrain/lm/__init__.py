@@ -1,5 +1,6 @@
-"""A language model you can sample from."""
+"""A language model you can sample from and score with."""
 
-from posttrain.lm.local import generate, sample_tokens
+from posttrain.lm.engine import engine
+from posttrain.lm.local import generate, load
 
-__all__ = ["generate", "sample_tokens"]
+__all__ = ["engine", "generate", "load"]

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from posttrain.lm.local import Messages, generate
-from posttrain.models.load import load, set_resident
+from posttrain import kernels
+from posttrain.lm.local import Messages, generate, load
+from posttrain.models.load import set_resident
 
 Stream = Callable[[str], Any]
 
@@ -37,13 +38,15 @@ class Conversation:
 
 
 def _open(model: str | Path) -> Any:
-    """The model with its weights expanded where memory allows: expanding them again for every
-    token costs far more than the token itself."""
+    """The model, ready to answer. Where PyTorch has to run it, its weights are expanded if memory
+    allows: expanding them again for every token costs far more than the token itself."""
     import psutil
 
     loaded = load(model)
     needed = loaded.posttrain["parameters"] * loaded.dtype.itemsize
-    if needed < MEMORY_SHARE * psutil.virtual_memory().available:
+    if kernels.available():
+        set_resident(loaded, "native")
+    elif needed < MEMORY_SHARE * psutil.virtual_memory().available:
         set_resident(loaded, "dequantized")
     return loaded
 
@@ -54,7 +57,10 @@ def chat(
     prompt: str,
     system: str | None = None,
     temperature: float = 0.0,
+    top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     max_new_tokens: int = 256,
     seed: int = 0,
     stream: Stream | None = None,
@@ -66,7 +72,10 @@ def chat(
         prompt: what the user says.
         system: instructions put before it.
         temperature: 0 is greedy; higher is more random.
+        top_k: sample among this many likeliest tokens; 0 is all.
         top_p: sample among the likeliest tokens that together have this probability, (0, 1].
+        min_p: leave out tokens less than this many times as likely as the likeliest, [0, 1].
+        repetition_penalty: above 1 makes tokens that occurred less likely.
         max_new_tokens: longest answer, in tokens.
         seed: of the sampling.
         stream: called with each new piece of the answer.
@@ -83,7 +92,10 @@ def chat(
         prompt,
         stream=stream,
         temperature=temperature,
+        top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         max_new_tokens=max_new_tokens,
         seed=seed,
     )

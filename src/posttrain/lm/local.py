@@ -1,88 +1,131 @@
 """Generate text with a model in this process.
 
-The loop is our own and not ``transformers``' ``generate``, which samples with the global random
-generator: here the same seed gives the same text whatever else the program does, and several
-threads may generate with one model at once (a call changes nothing in the model).
+The loop is our own and not ``transformers``' ``generate``: it runs on the native decoder where
+that knows the model, and the same seed gives the same text whatever else the program does.
 """
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 
 from posttrain.errors import UserError
+from posttrain.kernels import Sampling
+from posttrain.lm.engine import AT_ONCE, continuations, engine
+from posttrain.lm.tokens import generate_tokens, is_text
+from posttrain.models import load as models
 
 Messages = list[dict[str, str]]
+Prompt = str | Messages
 
 # Tokens by which chat templates end a turn; some checkpoints forget to name theirs as EOS.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|eot|>")
 
 
+def load(model: str | Path, *, dtype: str | torch.dtype = "auto", resident: str = "packed") -> Any:
+    """Load a model for inference.
+
+    model: a directory, hub id, .gguf file or "demo"; quantized or not.
+    dtype: what `forward` computes in: "auto" (what config.json says), "float32", "bfloat16" or
+        "float16".
+    resident: how `forward` uses quantized weights: "packed" keeps them packed and expands them for
+        every product; "dequantized" also keeps them expanded after their first use (the same
+        results bit for bit); "native" multiplies on the native kernels (fastest; results differ by
+        float32 rounding).
+
+    Returns the transformers model in eval mode, with `.tokenizer` and `.posttrain`, a dictionary
+    of `source`, `format`, `implementation`, `dtype`, `expanded_from` and `notes` (see `Source`),
+    `parameters`, `bits_per_weight`, `bytes` and `bytes_quantized` (see `model_size`). Its
+    `.generate` takes text or chat messages and runs on the native decoder (see `generate_with`).
+    Raises UserError for anything wrong with the files.
+    """
+    loaded = models.load(model, dtype=dtype, resident=resident)
+    loaded.generate = MethodType(generate_with, loaded)
+    return loaded
+
+
+def generate_with(self: Any, inputs: Any = None, **options: Any) -> Any:
+    """`.generate` of a loaded model.
+
+    inputs: a string or chat messages, giving a string; a list of those, giving a list; or token
+        ids, given and returned as ``transformers`` does.
+    options: for text, those of `generate` (max_new_tokens, temperature, top_k, top_p, min_p,
+        repetition_penalty, seed, stream); for token ids, those of ``transformers``.
+
+    Text runs on the native decoder where it knows the model, else in PyTorch. Token ids run there
+    too where the options are among those above, do_sample, eos_token_id and pad_token_id; any other
+    option goes to ``transformers``' own loop.
+    """
+    if is_text(inputs):
+        return generate(self, self.tokenizer, inputs, **options)
+    return generate_tokens(self, inputs, options)
+
+
 def generate(
     model: Any,
     tokenizer: Any,
-    prompt: str | Messages,
+    prompt: Any,
     *,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     stream: Callable[[str], Any] | None = None,
-) -> str:
+) -> Any:
     """The model's continuation of a prompt, or its answer to chat messages.
 
-    Messages go through the tokenizer's chat template; a string is continued as it stands.
-    ``temperature=0`` is greedy; otherwise one token at a time is drawn from the softmax of
-    logits / temperature, cut to the ``top_k`` likeliest tokens (0: all) and then to the fewest
-    likeliest whose probabilities reach ``top_p``. Generation ends at an end-of-text or
-    end-of-turn token, which is not part of the answer, or after ``max_new_tokens``.
-    ``stream`` is called with each new piece of text; the pieces join to the returned string.
+    ``prompt`` is a string, continued as it stands, or messages, which go through the tokenizer's
+    chat template; or a list of such prompts, which are answered side by side, in a list, each as if
+    it were alone. ``temperature=0`` is greedy; the rule of sampling is in `kernels.sampling`.
+    Generation ends at an end-of-text or end-of-turn token, which is not part of the answer, or
+    after ``max_new_tokens``. ``stream`` (for one prompt) is called with each new piece of text; the
+    pieces join to the returned string.
     """
-    _check_sampling(max_new_tokens, temperature, top_k, top_p)
-    ids = prompt_ids(tokenizer, prompt)
-    generator = torch.Generator().manual_seed(seed)
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    one = _is_prompt(prompt)
+    prompts = [prompt] if one else list(prompt)
+    if stream is not None and not one:
+        raise UserError("stream needs one prompt: pieces of several texts cannot be told apart")
+    ids = [prompt_ids(tokenizer, item).tolist() for item in prompts]
     stops = stop_tokens(model, tokenizer)
-    answer: list[int] = []
+    answers: list[list[int]] = [[] for _ in prompts]
     text = ""
-    for token in sample_tokens(model, ids, generator, temperature, top_k, top_p):
+    steps = continuations(engine(model), ids, [sampling] * len(ids), AT_ONCE, max_new_tokens)
+    for index, token, stop in steps:
         if token in stops:
-            break
-        answer.append(token)
-        text = _emit(tokenizer, answer, text, stream)
-        if len(answer) == max_new_tokens:
-            break
-    return _emit(tokenizer, answer, text, stream, last=True)
+            stop()
+            continue
+        answers[index].append(token)
+        if one:
+            text = _emit(tokenizer, answers[0], text, stream)
+        if len(answers[index]) == max_new_tokens:
+            stop()
+    if one:
+        return _emit(tokenizer, answers[0], text, stream, last=True)
+    return [_emit(tokenizer, answer, "", None, last=True) for answer in answers]
 
 
-def sample_tokens(
-    model: Any,
-    ids: torch.Tensor,
-    generator: torch.Generator,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-) -> Iterator[int]:
-    """Token after token of the continuation of ``ids`` (int64 ``[tokens]``), without end."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-    step = ids[None].to(model.device)
-    while True:
-        with torch.inference_mode():
-            logits = last_logits(model, step, 1, past_key_values=cache, use_cache=True)
-            token = _choose(logits[0, 0].float().cpu(), generator, temperature, top_k, top_p)
-        yield token
-        step = torch.tensor([[token]], device=model.device)
+def _is_prompt(prompt: Any) -> bool:
+    """Whether this is one prompt; else it must be a list of prompts. Raises UserError otherwise."""
+    if isinstance(prompt, str) or _is_messages(prompt):
+        return True
+    if isinstance(prompt, Sequence) and all(isinstance(p, str) or _is_messages(p) for p in prompt):
+        return False
+    raise UserError(
+        f"a prompt is a string or a list of messages such as {{'role': 'user', 'content': '...'}}, "
+        f"or several of them in a list; found {prompt!r:.80}"
+    )
 
 
-def last_logits(model: Any, ids: torch.Tensor, count: int, **options: Any) -> torch.Tensor:
-    """Logits ``[batch, count, vocabulary]`` at the last ``count`` positions of ``ids``
-    ``[batch, tokens]``; the head runs on those alone where the model can do so."""
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = count
-    return model(input_ids=ids, **options).logits[:, -count:]
+def _is_messages(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(isinstance(m, dict) for m in prompt)
 
 
 def prompt_ids(tokenizer: Any, prompt: str | Messages) -> torch.Tensor:
@@ -119,21 +162,6 @@ def _templated(tokenizer: Any, messages: Messages) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _choose(
-    logits: torch.Tensor, generator: torch.Generator, temperature: float, top_k: int, top_p: float
-) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
-    logits, order = (logits / temperature).sort(descending=True, stable=True)
-    probabilities = logits.softmax(-1)
-    if top_k:
-        probabilities[top_k:] = 0
-    probabilities /= probabilities.sum()
-    before = probabilities.cumsum(-1) - probabilities
-    probabilities[before >= top_p] = 0  # the likeliest token always stays: nothing is before it
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
-
-
 def _emit(
     tokenizer: Any,
     ids: list[int],
@@ -149,14 +177,3 @@ def _emit(
     if stream is not None and text != emitted:
         stream(text[len(emitted) :])
     return text
-
-
-def _check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature must be 0 (greedy) or more, not {temperature}")
-    if top_k < 0:
-        raise UserError(f"top_k must be 0 (all tokens) or more, not {top_k}")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p must be above 0 and at most 1, not {top_p}")

@@ -43,8 +43,9 @@ class QuantLinear(nn.Module):
     Buffers: `weight_codes` (uint8, packed), `weight_scale_0`, ... and `weight_zero_point`, named by
     `native.layout`; parameter `bias` (or None); `branches`, modules called with x whose results are
     added. `resident` is "packed" (dequantize in every forward: least memory), "dequantized" (keep
-    the dequantized weight too: the same results bit for bit) or "native" (codes repacked for the
-    native kernels, which take their place: fastest; `packed` where there is no kernel).
+    the dequantized weight too: the same results bit for bit) or "native" (the native kernels
+    compute: fastest; as "packed" where there is no kernel). Once a kernel has been asked for, the
+    codes live in its layout and nowhere else, whatever `resident` says of `forward`.
     """
 
     bias: nn.Parameter | None
@@ -74,7 +75,7 @@ class QuantLinear(nn.Module):
         self.branches = nn.ModuleList(layer.branches)
         self._resident = "packed"
         self._dense: Tensor | None = None
-        self._kernel: _Kernel | None = None
+        self._kernel: kernels.PackedLinear | None = None
 
     @classmethod
     def empty(
@@ -138,9 +139,10 @@ class QuantLinear(nn.Module):
         """The buffers, with the codes back in their stored layout where a kernel has them."""
         stored = dict(self._buffers)
         if self._kernel is not None:
-            stored[_CODES] = native.pack_codes(
-                self._kernel.codes(self.weight_spec), self.weight_spec
-            )
+            codes = self._kernel.weight.codes()
+            if self.weight_spec.grid.code_dtype == torch.int8:
+                codes = (codes - self._kernel.weight.struct.zero).view(torch.int8)
+            stored[_CODES] = native.pack_codes(codes, self.weight_spec)
         return stored
 
     @property
@@ -160,19 +162,35 @@ class QuantLinear(nn.Module):
     @resident.setter
     def resident(self, how: str) -> None:
         check_resident(how)
-        if self._kernel is not None and how != "native":
-            self._buffers[_CODES] = self.stored_buffers()[_CODES]
-            self._kernel = None
-        if how == "native" and self._kernel is None and self.no_kernel is None:
-            self._kernel = _Kernel(self)
-            self._buffers[_CODES] = torch.empty(0, dtype=torch.uint8)
+        if how == "native" and self.no_kernel is None:
+            self.kernel()
         self._resident = how
         self._dense = None
+
+    def kernel(self) -> kernels.PackedLinear:
+        """The weight and input format as the native kernels take them; moves the codes there.
+
+        Raises UserError where `no_kernel` says why there is none.
+        """
+        if self._kernel is None:
+            if self.no_kernel is not None:
+                raise UserError(f"{self.weight_spec} has no kernel here: {self.no_kernel}")
+            weight = kernels.PackedWeight.from_qtensor(self.qweight(), self.bias)
+            input = kernels.InputFormat.of(self.layer.input, self.layer.rotate)
+            self._kernel = kernels.PackedLinear(weight, input)
+            self._buffers[_CODES] = torch.empty(0, dtype=torch.uint8)
+        return self._kernel
+
+    def _leave_kernel(self) -> None:
+        self._buffers[_CODES] = self.stored_buffers()[_CODES]
+        self._kernel = None
 
     @property
     def no_kernel(self) -> str | None:
         """Why this layer cannot run on the native kernels, or None where it can."""
         found = kernels.find()
+        if self._kernel is not None:
+            return None
         if found.library is None:
             return found.reason
         device = self._buffers[_CODES].device  # type: ignore[union-attr]
@@ -183,7 +201,12 @@ class QuantLinear(nn.Module):
     @property
     def implementation(self) -> str:
         """What computes the product: an instruction set, or torch."""
-        return "dequantize" if self._kernel is None else kernels.isa()
+        return kernels.isa() if self._native else "dequantize"
+
+    @property
+    def _native(self) -> bool:
+        """Whether `forward` is the kernels' business."""
+        return self._resident == "native" and self._kernel is not None
 
     def rotated_input(self, x: Tensor) -> Tensor:
         return rotate(x) if self.layer.rotate else x
@@ -194,7 +217,8 @@ class QuantLinear(nn.Module):
         return x if spec is None or x.numel() == 0 else fake_quantize(x, spec)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._kernel is not None and not (torch.is_grad_enabled() and x.requires_grad):
+        if self._native and not (torch.is_grad_enabled() and x.requires_grad):
+            assert self._kernel is not None
             return self._add_branches(self._kernel(x), x)
         y = F.linear(self.quantized_input(x), self.weight, self.bias)
         return self._add_branches(y, x)
@@ -235,6 +259,8 @@ class QuantLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Move like any module, but a change of dtype changes the compute dtype, never the scales."""
         resident = self._resident
+        if self._kernel is not None:
+            self._leave_kernel()
         self.resident = "packed"
         stored = {
             name: tensor.dtype for name, tensor in self._buffers.items() if tensor is not None
@@ -255,26 +281,6 @@ class QuantLinear(nn.Module):
             f"weight={str(self.weight_spec)!r}, input={str(self.layer.input or '')!r}, "
             f"rotate={self.layer.rotate}, bias={self.bias is not None}, {self._resident}"
         )
-
-
-class _Kernel:
-    """A layer's weight in the kernels' layout, and its product."""
-
-    def __init__(self, layer: QuantLinear) -> None:
-        self.weight = kernels.PackedWeight.from_qtensor(layer.qweight(), layer.bias)
-        self.input = kernels.InputFormat.of(layer.layer.input, layer.layer.rotate)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, self.weight.shape[1])
-        (y,) = kernels.linear(flat, [self.weight], self.input)
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.weight.shape[0])
-
-    def codes(self, spec: Spec) -> Tensor:
-        """The codes as `QTensor` has them."""
-        codes = self.weight.codes()
-        if spec.grid.code_dtype == torch.int8:
-            codes = (codes - self.weight.struct.zero).view(torch.int8)
-        return codes
 
 
 def check_resident(how: str) -> None:

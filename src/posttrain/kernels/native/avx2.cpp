@@ -111,6 +111,32 @@ INLINE F32 fma(F32 a, F32 b, F32 c) {
   BOTH(i) c.v[i] = _mm256_fmadd_ps(a.v[i], b.v[i], c.v[i]);
   return c;
 }
+INLINE F32 add(F32 a, F32 b) {
+  BOTH(i) a.v[i] = _mm256_add_ps(a.v[i], b.v[i]);
+  return a;
+}
+INLINE F32 divide(F32 a, F32 b) {
+  BOTH(i) a.v[i] = _mm256_div_ps(a.v[i], b.v[i]);
+  return a;
+}
+INLINE F32 maximum(F32 a, F32 b) {
+  BOTH(i) a.v[i] = _mm256_max_ps(a.v[i], b.v[i]);
+  return a;
+}
+INLINE F32 minimum(F32 a, F32 b) {
+  BOTH(i) a.v[i] = _mm256_min_ps(a.v[i], b.v[i]);
+  return a;
+}
+INLINE I32 rounded(F32 a) { return {{_mm256_cvtps_epi32(a.v[0]), _mm256_cvtps_epi32(a.v[1])}}; }
+/* 2^n for n in [-126, 127] */
+INLINE F32 power_of_two(I32 n) {
+  F32 out;
+  BOTH(i) {
+    __m256i exponent = _mm256_add_epi32(n.v[i], _mm256_set1_epi32(127));
+    out.v[i] = _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+  }
+  return out;
+}
 /* Lanes i and i + H, for i with bit H clear, become their sum and difference. */
 template <int H>
 INLINE F32 butterfly(F32 v) {
@@ -146,6 +172,51 @@ INLINE F32 load_halves(const uint16_t *from) {
     __m128i bits = _mm_loadu_si128((const __m128i *)from + i);
     if constexpr (Half) out.v[i] = _mm256_cvtph_ps(bits);
     else out.v[i] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  return out;
+}
+template <bool Half>
+INLINE void store_halves(uint16_t *to, F32 v) {
+  BOTH(i) {
+    if constexpr (Half) {
+      _mm_storeu_si128((__m128i *)to + i, _mm256_cvtps_ph(v.v[i], _MM_FROUND_TO_NEAREST_INT));
+    } else {
+      float all[8];
+      _mm256_storeu_ps(all, v.v[i]);
+      for (int j = 0; j < 8; j++) to[8 * i + j] = float_to_bfloat16(all[j]);
+    }
+  }
+}
+INLINE I32 load_i8(const int8_t *from) {
+  return {{_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)),
+           _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(from + 8)))}};
+}
+/* Lanes begin <= i < end of v; others are `other`. */
+INLINE F32 within(F32 v, int64_t begin, int64_t end, float other) {
+  const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+  begin = begin < 0 ? 0 : begin > 16 ? 16 : begin, end = end < 0 ? 0 : end > 16 ? 16 : end;
+  BOTH(i) {
+    __m256i at = _mm256_add_epi32(lane, _mm256_set1_epi32(8 * i));
+    __m256i keep = _mm256_and_si256(_mm256_cmpgt_epi32(at, _mm256_set1_epi32((int)begin - 1)),
+                                    _mm256_cmpgt_epi32(_mm256_set1_epi32((int)end), at));
+    v.v[i] = _mm256_blendv_ps(_mm256_set1_ps(other), v.v[i], _mm256_castsi256_ps(keep));
+  }
+  return v;
+}
+INLINE void transpose(F32 (&v)[16]) { transpose_lanes(v); }
+template <bool Half, int Upper>
+INLINE F32 half_lanes(F32 pairs) {
+  F32 out;
+  BOTH(i) {
+    __m256i word = _mm256_castps_si256(pairs.v[i]);
+    if (Half) {
+      word = Upper ? _mm256_srli_epi32(word, 16) : _mm256_and_si256(word, _mm256_set1_epi32(0xffff));
+      __m128i bits = _mm_packus_epi32(_mm256_castsi256_si128(word), _mm256_extracti128_si256(word, 1));
+      out.v[i] = _mm256_cvtph_ps(bits);
+    } else {
+      word = Upper ? _mm256_and_si256(word, _mm256_set1_epi32((int)0xffff0000)) : _mm256_slli_epi32(word, 16);
+      out.v[i] = _mm256_castsi256_ps(word);
+    }
   }
   return out;
 }

@@ -46,6 +46,24 @@ struct TileShape {
   int panels, tokens;
 };
 
+/* Keys and values of one head of one sequence, and how they are looked at (block.h). */
+struct HeadCache {
+  void *keys;          /* [capacity / 16][head_size][16] */
+  void *values;        /* [capacity][value_width] */
+  float *key_scales, *value_scales; /* [capacity], for PT_CACHE_I8; else NULL */
+  int32_t type;
+  int64_t head_size, value_width; /* channels; the same padded to 16 */
+  float scale, soft_cap;          /* of scores; 0 is no cap */
+  int64_t window;                 /* positions seen, or 0 for all */
+};
+
+static const int kQueries = 4; /* queries that pass over a cache together */
+
+/* Floats of scratch for queries that see up to `positions` positions. */
+static inline int64_t attention_scratch(int64_t positions) {
+  return kQueries * (ceil_div(positions, kPanel) + 1) * kPanel;
+}
+
 struct Kernels {
   const char *name;
   /* The tile `gemm` works in: what shares should be multiples of. */
@@ -61,6 +79,15 @@ struct Kernels {
   /* Tokens [first, last): x [.., ldx] to codes, scales and segment sums. */
   void (*quantize)(const float *x, int64_t ldx, int64_t cols, const pt_input &, int64_t first,
                    int64_t last, Activations &);
+  /* Between the products of a decoder block (block.h). */
+  void (*rms_norm)(const float *x, const float *gain, float eps, int64_t n, float *y);
+  void (*gated)(int32_t kind, float *gate, const float *up, int64_t n);
+  void (*accumulate)(float *x, const float *y, float scale, int64_t n);
+  void (*rotate_positions)(float *head, const float *angles, int64_t rotary);
+  void (*soft_cap)(float *x, float cap, int64_t n);
+  void (*remember)(const HeadCache &, int64_t position, const float *key, const float *value);
+  void (*attend)(const HeadCache &, const float *q, int64_t ld, int64_t heads, int64_t tokens,
+                 int64_t position, float *out, float *scores);
   /* For the probes of probe.cpp. */
   int32_t (*read_bytes)(const uint8_t *from, int64_t bytes);
   int32_t (*multiply_registers)(int64_t rounds);

@@ -1,13 +1,12 @@
 /* pt_linear: quantize the activations once, divide the products among the threads. */
-#include <stdlib.h>
 #include <string.h>
 
-#include <new>
 #include <numeric>
 #include <vector>
 
 #include "dispatch.h"
 #include "kernels.h"
+#include "linear.h"
 #include "threads.h"
 
 namespace {
@@ -16,26 +15,6 @@ namespace {
 const int64_t kFewTokens = 8;
 const int64_t kFewestTokensPerShare = 32;
 const int64_t kTokenSlack = 32;
-
-/* Memory that only ever grows, for one call at a time (engine_lock). */
-class Buffer {
- public:
-  template <class T>
-  T *get(int64_t count) {
-    int64_t bytes = (count * (int64_t)sizeof(T) + 63) / 64 * 64;
-    if (bytes > size_) {
-      free(data_);
-      data_ = aligned_alloc(64, bytes);
-      size_ = data_ ? bytes : 0;
-      if (!data_) throw std::bad_alloc();
-    }
-    return (T *)data_;
-  }
-
- private:
-  void *data_ = nullptr;
-  int64_t size_ = 0;
-};
 
 struct Workspace {
   Buffer rotated, values, codes, scales, sums, scratch;
@@ -53,7 +32,7 @@ int64_t group_of(int64_t group, int64_t cols) {
 
 bool valid(const pt_weight &w) {
   if (w.rows < 1 || w.cols < 1 || !w.codes) return false;
-  if (w.stage == PT_FLOAT) return w.bits == 16 || w.bits == 32;
+  if (w.stage == PT_FLOAT || w.stage == PT_ROWS) return w.bits == 16 || w.bits == 32;
   if (w.bits < 2 || w.bits > 8 || (w.group < w.cols && w.group % 16)) return false;
   if (w.stage == PT_LOOKUP) {
     if (w.bits != 4 || !w.lookup || !w.table) return false;
@@ -77,16 +56,6 @@ int64_t segment_of(const pt_weight &w, int64_t x_group) {
   if (x_group < w.cols) segment = std::gcd(segment, x_group);
   if (segment >= cols) segment = cols;
   return segment > kLongestSegment ? std::gcd(segment, kLongestSegment) : segment;
-}
-
-template <class F>
-void for_token_blocks(int64_t tokens, F f) {
-  int64_t block = ceil_div(tokens, 4 * thread_count());
-  if (tokens < 8) block = tokens;
-  parallel_for(ceil_div(tokens, block), [&](int64_t item, int) {
-    int64_t first = item * block, last = first + block;
-    f(first, last < tokens ? last : tokens);
-  });
 }
 
 /* The activations of one call, prepared for weights whose segments are `segment` columns long. */
@@ -196,48 +165,47 @@ void multiply(const Kernels &kernels, const std::vector<Product> &products, int6
   });
 }
 
-/* Runs a computation that needs workspace; says so where there is no memory for it. */
-template <class F>
-int32_t guarded(F compute) {
-  std::lock_guard<std::mutex> guard(engine_lock());
-  try {
-    compute();
-  } catch (const std::bad_alloc &) {
-    return PT_NO_MEMORY;
+}  // namespace
+
+int32_t check_products(const pt_weight *const *weights, int count, const pt_input &input) {
+  if (count < 1) return PT_BAD_SHAPE;
+  if (!valid(input, weights[0]->cols)) return PT_BAD_FORMAT;
+  for (int i = 0; i < count; i++) {
+    if (!valid(*weights[i])) return PT_BAD_FORMAT;
+    if (weights[i]->cols != weights[0]->cols) return PT_BAD_SHAPE;
   }
   return PT_OK;
 }
 
-}  // namespace
+void multiply_all(const pt_weight *const *weights, int count, const float *x, int64_t ldx,
+                  int64_t tokens, const pt_input &input, float *const *y, const int64_t *ldy) {
+  const Kernels &kernels = active_kernels();
+  const int64_t cols = weights[0]->cols;
+  Prepared prepared(kernels, x, ldx, tokens, cols, input);
+  /* Weights in a row with the same groups share the same form of activations; 0 is as floats. */
+  auto form = [&](const pt_weight &w) -> int64_t {
+    return input.bits && w.stage <= PT_LOOKUP ? group_of(w.group, cols) : 0;
+  };
+  for (int first = 0; first < count;) {
+    const int64_t group = form(*weights[first]);
+    Activations a = group ? prepared.quantized(segment_of(*weights[first], input.group),
+                                               ceil_div(cols, group), group)
+                          : prepared.floats();
+    std::vector<Product> products;
+    for (; first < count && form(*weights[first]) == group; first++)
+      products.push_back({weights[first], a, y[first], ldy[first]});
+    multiply(kernels, products, tokens);
+  }
+}
 
 int32_t pt_linear(const pt_weight *const *weights, int32_t count, const float *x, int64_t ldx,
                   int64_t tokens, const pt_input *input, float *const *y, const int64_t *ldy) {
-  if (count < 1 || tokens < 0) return PT_BAD_SHAPE;
-  const int64_t cols = weights[0]->cols;
-  if (!valid(*input, cols)) return PT_BAD_FORMAT;
-  for (int i = 0; i < count; i++) {
-    if (!valid(*weights[i])) return PT_BAD_FORMAT;
-    if (weights[i]->cols != cols || ldy[i] < weights[i]->rows) return PT_BAD_SHAPE;
-  }
+  if (tokens < 0) return PT_BAD_SHAPE;
+  if (int32_t wrong = check_products(weights, count, *input)) return wrong;
+  for (int i = 0; i < count; i++)
+    if (ldy[i] < weights[i]->rows) return PT_BAD_SHAPE;
   if (tokens == 0) return PT_OK;
-  return guarded([&] {
-    const Kernels &kernels = active_kernels();
-    Prepared prepared(kernels, x, ldx, tokens, cols, *input);
-    /* Weights in a row with the same groups share the same form of activations; 0 is as floats. */
-    auto form = [&](const pt_weight &w) -> int64_t {
-      return input->bits && w.stage <= PT_LOOKUP ? group_of(w.group, cols) : 0;
-    };
-    for (int first = 0; first < count;) {
-      const int64_t group = form(*weights[first]);
-      Activations a = group ? prepared.quantized(segment_of(*weights[first], input->group),
-                                                 ceil_div(cols, group), group)
-                            : prepared.floats();
-      std::vector<Product> products;
-      for (; first < count && form(*weights[first]) == group; first++)
-        products.push_back({weights[first], a, y[first], ldy[first]});
-      multiply(kernels, products, tokens);
-    }
-  });
+  return guarded([&] { multiply_all(weights, count, x, ldx, tokens, *input, y, ldy); });
 }
 
 int32_t pt_quantize(const float *x, int64_t ldx, int64_t tokens, int32_t cols,

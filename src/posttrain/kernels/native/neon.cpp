@@ -131,6 +131,34 @@ INLINE F32 fma(F32 a, F32 b, F32 c) {
   EACH4(i) c.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]);
   return c;
 }
+INLINE F32 add(F32 a, F32 b) {
+  EACH4(i) a.v[i] = vaddq_f32(a.v[i], b.v[i]);
+  return a;
+}
+INLINE F32 divide(F32 a, F32 b) {
+  EACH4(i) a.v[i] = vdivq_f32(a.v[i], b.v[i]);
+  return a;
+}
+/* As on x86, where the second operand is the result of every comparison with NaN. */
+INLINE F32 maximum(F32 a, F32 b) {
+  EACH4(i) a.v[i] = vbslq_f32(vcgtq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]);
+  return a;
+}
+INLINE F32 minimum(F32 a, F32 b) {
+  EACH4(i) a.v[i] = vbslq_f32(vcltq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]);
+  return a;
+}
+INLINE I32 rounded(F32 a) {
+  I32 out;
+  EACH4(i) out.v[i] = vcvtnq_s32_f32(a.v[i]);
+  return out;
+}
+/* 2^n for n in [-126, 127] */
+INLINE F32 power_of_two(I32 n) {
+  F32 out;
+  EACH4(i) out.v[i] = vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n.v[i], vdupq_n_s32(127)), 23));
+  return out;
+}
 INLINE F32 load_floats(const float *from) {
   F32 out;
   EACH4(i) out.v[i] = vld1q_f32(from + 4 * i);
@@ -164,6 +192,45 @@ INLINE F32 load_halves(const uint16_t *from) {
     uint16x4_t bits = vld1_u16(from + 4 * i);
     if constexpr (Half) out.v[i] = vcvt_f32_f16(vreinterpret_f16_u16(bits));
     else out.v[i] = vreinterpretq_f32_u32(vshll_n_u16(bits, 16));
+  }
+  return out;
+}
+template <bool Half>
+INLINE void store_halves(uint16_t *to, F32 v) {
+  float all[16];
+  EACH4(i) {
+    if constexpr (Half) vst1_u16(to + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(v.v[i])));
+    else vst1q_f32(all + 4 * i, v.v[i]);
+  }
+  if constexpr (!Half)
+    for (int i = 0; i < 16; i++) to[i] = float_to_bfloat16(all[i]);
+}
+INLINE I32 load_i8(const int8_t *from) {
+  int8x16_t bytes = vld1q_s8(from);
+  int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_s8(vget_high_s8(bytes));
+  return {{vmovl_s16(vget_low_s16(low)), vmovl_s16(vget_high_s16(low)),
+           vmovl_s16(vget_low_s16(high)), vmovl_s16(vget_high_s16(high))}};
+}
+/* Lanes begin <= i < end of v; others are `other`. */
+INLINE F32 within(F32 v, int64_t begin, int64_t end, float other) {
+  float all[16];
+  EACH4(i) vst1q_f32(all + 4 * i, v.v[i]);
+  for (int i = 0; i < 16; i++) all[i] = i >= begin && i < end ? all[i] : other;
+  return load_floats(all);
+}
+INLINE void transpose(F32 (&v)[16]) { transpose_lanes(v); }
+template <bool Half, int Upper>
+INLINE F32 half_lanes(F32 pairs) {
+  F32 out;
+  EACH4(i) {
+    uint32x4_t word = vreinterpretq_u32_f32(pairs.v[i]);
+    if constexpr (Half) {
+      uint16x4_t bits = vmovn_u32(Upper ? vshrq_n_u32(word, 16) : word);
+      out.v[i] = vcvt_f32_f16(vreinterpret_f16_u16(bits));
+    } else {
+      word = Upper ? vandq_u32(word, vdupq_n_u32(0xffff0000u)) : vshlq_n_u32(word, 16);
+      out.v[i] = vreinterpretq_f32_u32(word);
+    }
   }
   return out;
 }

@@ -108,6 +108,33 @@ static inline F32 fma(F32 a, F32 b, F32 c) {
   EACH(i, 16) c.at[i] = __builtin_fmaf(a.at[i], b.at[i], c.at[i]);
   return c;
 }
+static inline F32 add(F32 a, F32 b) {
+  EACH(i, 16) a.at[i] += b.at[i];
+  return a;
+}
+static inline F32 divide(F32 a, F32 b) {
+  EACH(i, 16) a.at[i] /= b.at[i];
+  return a;
+}
+static inline F32 maximum(F32 a, F32 b) {
+  EACH(i, 16) a.at[i] = a.at[i] > b.at[i] ? a.at[i] : b.at[i];
+  return a;
+}
+static inline F32 minimum(F32 a, F32 b) {
+  EACH(i, 16) a.at[i] = a.at[i] < b.at[i] ? a.at[i] : b.at[i];
+  return a;
+}
+static inline I32 rounded(F32 a) {
+  I32 v;
+  EACH(i, 16) v.at[i] = (int32_t)__builtin_rintf(a.at[i]);
+  return v;
+}
+/* 2^n for n in [-126, 127] */
+static inline F32 power_of_two(I32 n) {
+  F32 v;
+  EACH(i, 16) v.at[i] = float_of_bits((uint32_t)(n.at[i] + 127) << 23);
+  return v;
+}
 static inline F32 load_some(const float *from, int64_t count) {
   F32 v = set_f32(0.0f);
   EACH(i, count) v.at[i] = from[i];
@@ -120,6 +147,31 @@ static inline F32 load_halves(const uint16_t *from) {
   F32 v;
   EACH(i, 16) v.at[i] = Half ? half_to_float(from[i]) : bfloat16_to_float(from[i]);
   return v;
+}
+template <bool Half>
+static inline void store_halves(uint16_t *to, F32 v) {
+  EACH(i, 16) to[i] = Half ? float_to_half(v.at[i]) : float_to_bfloat16(v.at[i]);
+}
+static inline I32 load_i8(const int8_t *from) {
+  I32 v;
+  EACH(i, 16) v.at[i] = from[i];
+  return v;
+}
+/* Lanes begin <= i < end of v; others are `other`. */
+static inline F32 within(F32 v, int64_t begin, int64_t end, float other) {
+  EACH(i, 16) v.at[i] = i >= begin && i < end ? v.at[i] : other;
+  return v;
+}
+static inline void transpose(F32 (&v)[16]) { transpose_lanes(v); }
+template <bool Half, int Upper>
+static inline F32 half_lanes(F32 pairs) {
+  uint16_t halves[32];
+  __builtin_memcpy(halves, &pairs, sizeof halves);
+  EACH(i, 16) {
+    uint16_t half = halves[2 * i + Upper];
+    pairs.at[i] = Half ? half_to_float(half) : bfloat16_to_float(half);
+  }
+  return pairs;
 }
 static inline F32 load_scales(const pt_weight &w, int64_t at) {
   F32 v;

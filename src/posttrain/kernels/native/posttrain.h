@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 /* Raised with every change of a struct or a signature; Python refuses any other. */
-#define PT_ABI 1
+#define PT_ABI 2
 PT_API int32_t pt_abi(void);
 /* Hash of the sources this library was built from (build.py), or "". */
 PT_API const char *pt_sources(void);
@@ -33,7 +33,8 @@ enum pt_stage {
   PT_INTEGER = 0, /* code - zero; product in integers when activations are quantized */
   PT_LOOKUP = 1,  /* lookup[code] - zero, codes of 4 bits; product in integers likewise */
   PT_TABLE = 2,   /* table[code], any float32; product in float32 */
-  PT_FLOAT = 3    /* the weight itself: bits 32 float32, 16 bfloat16 or float16 (see `half`) */
+  PT_FLOAT = 3,   /* the weight itself: bits 32 float32, 16 bfloat16 or float16 (see `half`) */
+  PT_ROWS = 4     /* the same, not packed: [rows, cols] as a checkpoint stores it */
 };
 
 enum pt_scale_type {
@@ -106,6 +107,76 @@ PT_API int32_t pt_quantize(const float *x, int64_t ldx, int64_t tokens, int32_t 
 
 /* Each token of x [tokens, cols] times the block-Hadamard matrix of models/rotation.py, in place. */
 PT_API int32_t pt_rotate(float *x, int64_t tokens, int32_t cols);
+
+/* ------------------------------------------------------------------------------- decoders
+ *
+ * A decoder of the Llama family: per block
+ *
+ *     x += out_norm(o(attention(rope(q_norm(q(h))), rope(k_norm(k(h))), v(h)))),  h = norm(x)
+ *     x += out_norm(down(act(gate(h)) * up(h))),                                   h = norm(x)
+ *
+ * with RMS norms, grouped queries and causal attention, optionally over a window.
+ */
+enum pt_activation { PT_SILU = 0, PT_GELU_TANH = 1, PT_GELU = 2, PT_RELU = 3 };
+enum pt_cache_type { PT_CACHE_F32 = 0, PT_CACHE_F16 = 1, PT_CACHE_BF16 = 2, PT_CACHE_I8 = 3 };
+
+typedef struct {
+  /* Gains of the norms; NULL where a block has none. q_norm and k_norm are [head_size]. */
+  const float *attention_norm, *attention_out_norm, *mlp_norm, *mlp_out_norm, *q_norm, *k_norm;
+  const pt_weight *q, *k, *v, *o, *gate, *up, *down;
+  pt_input qkv_input, o_input, mlp_input, down_input;
+  int32_t window; /* positions that attention sees, or 0 for all */
+  int32_t rope;   /* which angles of a sequence apply: 0, 1, or -1 for none */
+} pt_block;
+
+typedef struct {
+  int32_t blocks, width, heads, kv_heads, head_size, rotary, vocabulary;
+  int32_t activation; /* pt_activation */
+  float eps;          /* of all norms */
+  float embedding_scale, residual_scale, attention_scale, logit_scale;
+  float attention_cap, logit_cap; /* cap * tanh(score / cap); 0 for none */
+  const pt_block *block;
+  const float *norm;          /* [width], before the head */
+  const pt_weight *embedding; /* [vocabulary, width] */
+  const pt_weight *head;      /* [vocabulary, width]; may be the embedding */
+  pt_input head_input;
+} pt_model;
+
+/* A sequence's memory, and how many tokens it gets in a call. */
+typedef struct {
+  void *keys;   /* [blocks][kv_heads][capacity / 16][head_size][16] */
+  void *values; /* [blocks][kv_heads][capacity][head_size padded to 16] */
+  float *key_scales, *value_scales; /* [blocks][kv_heads][capacity] for PT_CACHE_I8, else NULL */
+  const float *angles[2]; /* [positions][rotary]: cosines of rotary / 2 angles, then sines */
+  int64_t capacity;       /* a multiple of 16 */
+  int64_t length;         /* tokens remembered before the call */
+  int32_t tokens;         /* tokens in this call */
+  int32_t type;           /* pt_cache_type */
+} pt_sequence;
+
+/* One pass over the next tokens of several sequences: `ids` holds those of the first, then of the
+ * second, and so on. They are remembered; `length` is left to the caller. Writes the logits
+ * [wanted, vocabulary] after the tokens at places `want` of `ids`. */
+PT_API int32_t pt_forward(const pt_model *model, const pt_sequence *sequences, int32_t count,
+                          const int32_t *ids, const int32_t *want, int32_t wanted, float *logits);
+
+/* How a token is drawn; see pt_sample. */
+typedef struct {
+  float temperature; /* 0: the likeliest token */
+  float top_p, min_p, repetition_penalty;
+  int32_t top_k; /* 0: all */
+  uint64_t seed;
+} pt_sampling;
+
+/* Draws the token at `position` of a text whose earlier tokens are `history`. In order: logits of
+ * tokens in `history` are divided (if negative, multiplied) by repetition_penalty; all are divided
+ * by the temperature; the top_k likeliest stay; of these the fewest likeliest whose probabilities
+ * reach top_p; of these the ones at least min_p times as likely as the likeliest. Among those the
+ * largest of logit + noise wins, noise being standard Gumbel by a hash of (seed, position, token):
+ * a draw from their softmax that depends on nothing else. Ties go to the lower token. Changes
+ * `logits`. Returns the token, or -1 where a logit is NaN. */
+PT_API int32_t pt_sample(float *logits, int32_t vocabulary, const pt_sampling *sampling,
+                         const int32_t *history, int64_t length, int64_t position);
 
 /* Name of the instruction set in use; `pt_use` chooses one ("" for the best), 0 when it cannot. */
 PT_API const char *pt_isa(void);

@@ -11,10 +11,13 @@
  *
  * and, for products in float32, one column after the other within a group.
  */
+#include <type_traits>
+
 #include "kernels.h"
 
 namespace {
 
+static const int64_t kRowAhead = 512; /* the same for each of 16 rows read side by side */
 static const int64_t kAhead = 4096; /* bytes ahead of the reading that memory is asked for: about +4 % */
 
 /* ------------------------------------------------------------------------------- unpacking */
@@ -206,10 +209,13 @@ struct FloatWeights {
     else return load_halves<Half>((const uint16_t *)unit + i * kPanel);
   }
 
-  /* sums[p][t] += the products of steps first..last of one unit */
+  /* sums[p][t] += the products of steps first..last of unit u */
   template <int P, int T>
-  INLINE_MEMBER void add(F32 (&sums)[P][T], const uint8_t *unit, int64_t stride, const float *x,
-                         int64_t ldx, int64_t first, int64_t last, const F32 (&)[P]) const {
+  INLINE_MEMBER void add(F32 (&sums)[P][T], const uint8_t *panel, int64_t u, int64_t stride,
+                         const float *x, int64_t ldx, int64_t first, int64_t last,
+                         const F32 (&)[P]) const {
+    const uint8_t *unit = panel + u * unit_bytes(Bits);
+    prefetch(unit + kAhead, unit_bytes(Bits));
     for (int64_t i = first * kStep; i < last * kStep; i++)
       UNROLL for (int p = 0; p < P; p++) {
         F32 w = column(unit + p * stride, i);
@@ -217,8 +223,68 @@ struct FloatWeights {
       }
   }
 
-  INLINE_MEMBER void unpack(const uint8_t *unit, F32, F32, float *out) const {
+  INLINE_MEMBER void unpack(const uint8_t *panel, int64_t u, F32, F32, float *out) const {
+    const uint8_t *unit = panel + u * unit_bytes(Bits);
     for (int64_t i = 0; i < kUnit; i++) store_some(out + i * kPanel, column(unit, i), kPanel);
+  }
+};
+
+/* 16-bit or 32-bit floats as a checkpoint stores them, row by row. */
+template <int Bits, bool Half>
+struct FloatRows {
+  static constexpr int bits = Bits;
+  const pt_weight &w;
+  explicit FloatRows(const pt_weight &weight) : w(weight) {}
+
+  /* Unit `u` of a panel as 32 columns of 16; rows and columns beyond the last are 0. */
+  INLINE_MEMBER void transposed(const uint8_t *panel, int64_t u, float *out) const {
+    constexpr int64_t size = Bits / 8, lanes = 4 / size; /* columns that one lane holds */
+    const int64_t row_bytes = w.cols * size;
+    const int64_t rows = (w.rows * row_bytes - (panel - w.codes)) / row_bytes;
+    const int64_t cols = w.cols - u * kUnit;
+    for (int64_t first = 0; first < kUnit; first += kPanel * lanes) {
+      F32 v[kPanel];
+      for (int r = 0; r < kPanel; r++) {
+        const uint8_t *from = panel + r * row_bytes + (u * kUnit + first) * size;
+        if (r < rows && cols - first >= kPanel * lanes) {
+          v[r] = load_floats((const float *)from);
+          prefetch(from + kRowAhead, 64);
+        } else {
+          alignas(64) uint8_t some[64] = {};
+          int64_t count = cols - first < kPanel * lanes ? cols - first : kPanel * lanes;
+          if (r < rows && count > 0) __builtin_memcpy(some, from, count * size);
+          v[r] = load_floats((const float *)some);
+        }
+      }
+      transpose(v);
+      for (int i = 0; i < kPanel; i++, out += lanes * kPanel) {
+        if constexpr (Bits == 32) {
+          store_some(out, v[i], kPanel);
+        } else {
+          store_some(out, half_lanes<Half, 0>(v[i]), kPanel);
+          store_some(out + kPanel, half_lanes<Half, 1>(v[i]), kPanel);
+        }
+      }
+    }
+  }
+
+  template <int P, int T>
+  INLINE_MEMBER void add(F32 (&sums)[P][T], const uint8_t *panel, int64_t u, int64_t stride,
+                         const float *x, int64_t ldx, int64_t first, int64_t last,
+                         const F32 (&)[P]) const {
+    alignas(64) float columns[kUnit * kPanel];
+    UNROLL for (int p = 0; p < P; p++) {
+      transposed(panel + p * stride, u, columns);
+      for (int64_t i = first * kStep; i < last * kStep; i++) {
+        F32 column = load_floats(columns + i * kPanel);
+        UNROLL for (int t = 0; t < T; t++)
+          sums[p][t] = fma(column, set_f32(x[t * ldx + i]), sums[p][t]);
+      }
+    }
+  }
+
+  INLINE_MEMBER void unpack(const uint8_t *panel, int64_t u, F32, F32, float *out) const {
+    transposed(panel, u, out);
   }
 };
 
@@ -246,8 +312,11 @@ struct CodeWeights {
   }
 
   template <int P, int T>
-  INLINE_MEMBER void add(F32 (&sums)[P][T], const uint8_t *unit, int64_t stride, const float *x,
-                         int64_t ldx, int64_t first, int64_t last, const F32 (&zero)[P]) const {
+  INLINE_MEMBER void add(F32 (&sums)[P][T], const uint8_t *panel, int64_t u, int64_t stride,
+                         const float *x, int64_t ldx, int64_t first, int64_t last,
+                         const F32 (&zero)[P]) const {
+    const uint8_t *unit = panel + u * unit_bytes(Bits);
+    prefetch(unit + kAhead, unit_bytes(Bits));
     alignas(64) uint8_t bytes[P][kUnit * kPanel];
     UNROLL for (int p = 0; p < P; p++) unpack_unit<Bits, false>(unit + p * stride, bytes[p], Bytes{});
     for (int64_t s = first; s < last; s++) {
@@ -261,7 +330,9 @@ struct CodeWeights {
   }
 
   /* One unit as float32 columns; the zero points of its two halves may differ. */
-  INLINE_MEMBER void unpack(const uint8_t *unit, F32 low, F32 high, float *out) const {
+  INLINE_MEMBER void unpack(const uint8_t *panel, int64_t u, F32 low, F32 high, float *out) const {
+    const uint8_t *unit = panel + u * unit_bytes(Bits);
+    prefetch(unit + kAhead, unit_bytes(Bits));
     alignas(64) uint8_t bytes[kUnit * kPanel];
     unpack_unit<Bits, false>(unit, bytes, Bytes{});
     for (int64_t s = 0; s < kUnit / kStep; s++, out += kStep * kPanel) {
@@ -302,9 +373,8 @@ void float_tile(const Tile &tile, int64_t stride) {
     while (step < end) {
       int64_t first = step % unit_steps, left = end - (step - first);
       int64_t last = left < unit_steps ? left : unit_steps;
-      const uint8_t *unit = tile.codes + step / unit_steps * unit_bytes(Weights::bits);
-      prefetch(unit + kAhead, unit_bytes(Weights::bits));
-      weights.add(sums, unit, stride, values + (step - first) * kStep, x.stride, first, last, zero);
+      weights.add(sums, tile.codes, step / unit_steps, stride, values + (step - first) * kStep,
+                  x.stride, first, last, zero);
       step += last - first;
     }
     UNROLL for (int p = 0; p < P; p++) {
@@ -315,20 +385,23 @@ void float_tile(const Tile &tile, int64_t stride) {
   write_tile(floats, tile);
 }
 
+/* Bytes from one panel of a weight to the next. */
+INLINE int64_t float_panel_bytes(const pt_weight &w) {
+  return w.stage == PT_ROWS ? kPanel * w.cols * w.bits / 8 : panel_bytes(w.cols, w.bits);
+}
+
 /* Panels [panel, panel + count) as float32 columns, zero points subtracted. */
 template <class Weights>
 void unpack_floats(const pt_weight &w, int64_t panel, int64_t count, float *out) {
   const int64_t units = units_of(w.cols), groups = ceil_div(w.cols, w.group);
   const Weights weights(w);
   for (int64_t p = panel; p < panel + count; p++) {
-    const uint8_t *unit = w.codes + p * units * unit_bytes(Weights::bits);
-    for (int64_t u = 0; u < units; u++, unit += unit_bytes(Weights::bits)) {
+    const uint8_t *codes = w.codes + p * float_panel_bytes(w);
+    for (int64_t u = 0; u < units; u++, out += kUnit * kPanel) {
       int64_t low = u * kUnit / w.group, high = (u * kUnit + kUnit / 2) / w.group;
       if (high >= groups) high = groups - 1; /* only padding lies there */
-      prefetch(unit + kAhead, unit_bytes(Weights::bits));
-      weights.unpack(unit, load_zero(w, (p * groups + low) * kPanel),
+      weights.unpack(codes, u, load_zero(w, (p * groups + low) * kPanel),
                      load_zero(w, (p * groups + high) * kPanel), out);
-      out += kUnit * kPanel;
     }
   }
 }
@@ -379,7 +452,11 @@ INLINE void with_bits(int bits, F f) {
 /* Calls f with a value of the type that reads a weight as floats. */
 template <class F>
 INLINE void with_float_weights(const pt_weight &w, F f) {
-  if (w.stage == PT_FLOAT) {
+  if (w.stage == PT_ROWS) {
+    if (w.bits == 32) f(FloatRows<32, false>(w));
+    else if (w.half == PT_F16) f(FloatRows<16, true>(w));
+    else f(FloatRows<16, false>(w));
+  } else if (w.stage == PT_FLOAT) {
     if (w.bits == 32) f(FloatWeights<32, false>(w));
     else if (w.half == PT_F16) f(FloatWeights<16, true>(w));
     else f(FloatWeights<16, false>(w));
@@ -401,13 +478,15 @@ void integer_gemv(const Product &product, const Share &share) {
 
 template <class Weights>
 void float_gemv(const Product &product, const Share &share) {
-  int64_t bytes = panel_bytes(product.weight->cols, Weights::bits);
+  int64_t bytes = float_panel_bytes(*product.weight);
   auto run = [&](auto panels, auto tokens, int64_t panel, int64_t token) {
     Tile tile{product, product.weight->codes + panel * bytes, panel, token};
     float_tile<Weights, decltype(panels)::value, decltype(tokens)::value>(tile, bytes);
   };
-  /* One token takes several panels at a time, so that several sums are under way. */
-  if (share.token_end - share.token == 1) for_tiles<kGemvTokens, 1>(share, run);
+  /* One token takes several panels at a time, so that several sums are under way; rows of floats
+   * are 16 streams of memory as it is. */
+  const bool one = share.token_end - share.token == 1 && product.weight->stage != PT_ROWS;
+  if (one) for_tiles<kGemvTokens, 1>(share, run);
   else for_tiles<1, kGemvTokens>(share, run);
 }
 
@@ -428,7 +507,7 @@ void gemv(const Product &product, const Share &share) {
 const uint8_t *unpack(const Product &product, int64_t panel, int64_t count, uint8_t *scratch) {
   const pt_weight &w = *product.weight;
   bool integers = in_integers(product);
-  if (w.bits == (integers ? 8 : 32)) return w.codes + panel * panel_bytes(w.cols, w.bits);
+  if (w.stage != PT_ROWS && w.bits == (integers ? 8 : 32)) return w.codes + panel * panel_bytes(w.cols, w.bits);
   if (!integers) {
     with_float_weights(w, [&](auto weights) {
       unpack_floats<decltype(weights)>(w, panel, count, (float *)scratch);
@@ -458,7 +537,7 @@ void integer_block(const Product &product, const Share &block, const uint8_t *co
 void float_block(const Product &product, const Share &block, const uint8_t *codes) {
   const int64_t bytes = panel_bytes(product.weight->cols, 32);
   pt_weight zeroed = *product.weight; /* unpacked codes have their zero points subtracted */
-  zeroed.zero = 0, zeroed.zeros = nullptr;
+  zeroed.stage = PT_FLOAT, zeroed.zero = 0, zeroed.zeros = nullptr;
   Product floats = product;
   floats.weight = &zeroed;
   for_tiles<kFloatTile.panels, kFloatTile.tokens>(
@@ -581,9 +660,17 @@ int32_t multiply_registers(int64_t rounds) {
   return first_lane(sums[0]);
 }
 
+}  // namespace
+
+#include "block.h"
+
+namespace {
+
 /* All of the above under the name of an instruction set. */
 [[maybe_unused]] Kernels kernels_named(const char *name) {
-  return {name, gemm_tile, gemv, gemm, unpack, rotate, quantize, read_bytes, multiply_registers};
+  return {name,     gemm_tile,  gemv,       gemm,             unpack,   rotate,   quantize,
+          rms_norm, gated,      accumulate, rotate_positions, soft_cap, remember, attend,
+          read_bytes, multiply_registers};
 }
 
 }  // namespace

@@ -40,6 +40,34 @@ SCALAR float e8m0_to_float(uint8_t code) {
   return code ? float_of_bits((uint32_t)code << 23) : 0x1p-127f;
 }
 
+/* Nearest, ties to even; NaN does not occur. */
+SCALAR uint16_t float_to_bfloat16(float value) {
+  uint32_t bits = bits_of_float(value);
+  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* Nearest, ties to even; beyond 65504 infinity. */
+SCALAR uint16_t float_to_half(float value) {
+  uint32_t bits = bits_of_float(value), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+  if (rest >= 0x47800000u) return (uint16_t)(sign | (rest > 0x7f800000u ? 0x7e00 : 0x7c00));
+  if (rest < 0x38800000u) { /* subnormal: adding 2^-1 puts the last bit where float rounds */
+    float shifted = float_of_bits(rest) + 0.5f;
+    return (uint16_t)(sign | (bits_of_float(shifted) - 0x3f000000u));
+  }
+  uint32_t rounded = rest - 0x38000000u + 0xfff + (rest >> 13 & 1);
+  return (uint16_t)(sign | rounded >> 13);
+}
+
+/* 16 vectors of 16 lanes of 32 bits as a matrix, transposed. */
+template <class V>
+SCALAR void transpose_lanes(V (&v)[16]) {
+  uint32_t in[16][16], out[16][16];
+  __builtin_memcpy(in, v, sizeof in);
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 16; j++) out[j][i] = in[i][j];
+  __builtin_memcpy(v, out, sizeof out);
+}
+
 /* The positive scale as float16 stores it: clamped to its positive range, nearest, ties to even. */
 SCALAR float round_to_half(float scale) {
   if (scale > 65504.0f) scale = 65504.0f;
@@ -58,6 +86,23 @@ SCALAR float scale_at(const void *scales, int32_t type, int64_t i) {
     case PT_E4M3: return e4m3_to_float(((const uint8_t *)scales)[i]);
     default: return e8m0_to_float(((const uint8_t *)scales)[i]);
   }
+}
+
+/* The code of row `lane`, column k of a panel (layout.h). */
+SCALAR int32_t code_at(const uint8_t *panel, int bits, int64_t lane, int64_t k) {
+  const uint8_t *unit = panel + k / kUnit * unit_bytes(bits);
+  const int64_t step = k % kUnit / kStep, byte = lane * kStep + k % kStep;
+  if (bits == 8) return unit[step * kVector + byte];
+  int32_t code = 0, shift = 0;
+  for (int width = 4; width; width /= 2) {
+    if (!(bits & width)) continue;
+    int64_t per = 8 / width;
+    int32_t part = unit[step / per * kVector + byte] >> step % per * width & ((1 << width) - 1);
+    code |= part << shift;
+    unit += kUnit / kStep / per * kVector;
+    shift += width;
+  }
+  return code;
 }
 
 /* What numbers.quantize makes of x; infinities saturate, NaN becomes 0. */

@@ -70,6 +70,15 @@ INLINE F32 to_f32(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 INLINE F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 INLINE F32 subtract(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+INLINE F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+INLINE F32 divide(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
+INLINE F32 maximum(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
+INLINE F32 minimum(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
+INLINE I32 rounded(F32 a) { return {_mm512_cvtps_epi32(a.v)}; } /* ties to even */
+/* 2^n for n in [-126, 127] */
+INLINE F32 power_of_two(I32 n) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n.v, _mm512_set1_epi32(127)), 23))};
+}
 /* Lanes i and i + H, for i with bit H clear, become their sum and difference. */
 template <int H>
 INLINE F32 butterfly(F32 v) {
@@ -89,6 +98,59 @@ INLINE F32 load_halves(const uint16_t *from) {
   __m256i bits = _mm256_loadu_si256((const __m256i *)from);
   if constexpr (Half) return {_mm512_cvtph_ps(bits)};
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+template <bool Half>
+INLINE void store_halves(uint16_t *to, F32 v) {
+  __m256i bits;
+  if constexpr (Half) {
+    bits = _mm512_cvtps_ph(v.v, _MM_FROUND_TO_NEAREST_INT);
+  } else { /* nearest, ties to even; NaN does not occur */
+    __m512i word = _mm512_castps_si512(v.v);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(word, 16), _mm512_set1_epi32(1));
+    word = _mm512_add_epi32(_mm512_add_epi32(word, _mm512_set1_epi32(0x7fff)), odd);
+    bits = _mm512_cvtepi32_epi16(_mm512_srli_epi32(word, 16));
+  }
+  _mm256_storeu_si256((__m256i *)to, bits);
+}
+INLINE I32 load_i8(const int8_t *from) {
+  return {_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from))};
+}
+/* Lanes begin <= i < end of v; others are `other`. */
+INLINE F32 within(F32 v, int64_t begin, int64_t end, float other) {
+  begin = begin < 0 ? 0 : begin > 16 ? 16 : begin, end = end < 0 ? 0 : end > 16 ? 16 : end;
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(other), (__mmask16)(first(end) & ~first(begin)), v.v)};
+}
+INLINE void transpose(F32 (&v)[16]) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; i++) a[i] = _mm512_castps_si512(v[i].v);
+  for (int i = 0; i < 8; i++) {
+    b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; i++) {
+    a[4 * i] = _mm512_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
+    a[4 * i + 1] = _mm512_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
+    a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
+    a[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {
+    b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+    b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+    b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+    b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; i++) {
+    v[i].v = _mm512_castsi512_ps(_mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+    v[i + 8].v = _mm512_castsi512_ps(_mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+  }
+}
+/* The lower (0) or upper (1) 16 bits of every lane as a float. */
+template <bool Half, int Upper>
+INLINE F32 half_lanes(F32 pairs) {
+  __m512i word = _mm512_castps_si512(pairs.v);
+  if constexpr (Half) return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(Upper ? _mm512_srli_epi32(word, 16) : word))};
+  if constexpr (Upper) return {_mm512_castsi512_ps(_mm512_and_si512(word, _mm512_set1_epi32((int)0xffff0000)))};
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(word, 16))};
 }
 INLINE F32 load_scales(const pt_weight &w, int64_t at) {
   if (!w.scales) return set_f32(1.0f);

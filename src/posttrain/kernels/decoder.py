@@ -1,0 +1,300 @@
+"""A whole decoder of the Llama family on the native kernels: one call per step.
+
+`Decoder` knows dimensions and packed weights, no model library; `models.decoding` makes one from a
+loaded model. `Memory` is what a sequence remembers (its KV cache); any number of them, each at its
+own length, share a call. All arithmetic between the products is float32.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posttrain.errors import UserError
+from posttrain.kernels import library
+from posttrain.kernels.library import ACTIVATIONS, CACHE_TYPES, Block, Model, Weight
+from posttrain.kernels.packed import PackedLinear, PackedWeight
+
+# Angles of positions [start, stop) for rope 0 or 1: [stop - start, rotary], cosines of rotary / 2
+# angles, then their sines.
+Angles = Callable[[int, int, int], Tensor]
+
+PANEL = 16  # positions of a cache come in these (layout.h)
+CHUNK = 512  # tokens that a call takes at most: workspace grows with them
+_CACHE_DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int8": torch.int8,
+}
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """What a decoder is besides its weights (`pt_model` of native/posttrain.h)."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    rotary: int
+    vocabulary: int
+    activation: str
+    eps: float
+    attention_scale: float
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
+
+
+@dataclass(eq=False)
+class BlockWeights:
+    """One block: linear layers, gains of its norms (None where it has none), how it attends."""
+
+    q: PackedLinear
+    k: PackedLinear
+    v: PackedLinear
+    o: PackedLinear
+    gate: PackedLinear
+    up: PackedLinear
+    down: PackedLinear
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    attention_out_norm: Tensor | None = None
+    mlp_out_norm: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    window: int = 0
+    rope: int = 0
+
+    def linears(self) -> dict[str, PackedLinear]:
+        found = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: item for name, item in found.items() if isinstance(item, PackedLinear)}
+
+
+class Memory:
+    """Keys and values of one sequence of at most `capacity` tokens; grows when it has to.
+
+    Memory is touched only as far as tokens have come, so a generous capacity costs nothing.
+    """
+
+    def __init__(self, decoder: "Decoder", capacity: int, cache: str) -> None:
+        if cache not in CACHE_TYPES:
+            raise UserError(f"cache={cache!r}: choose one of {', '.join(CACHE_TYPES)}")
+        self.length = 0
+        self.cache = cache
+        self._decoder = decoder
+        self._tensors: dict[str, Tensor] = {}
+        self._angles: dict[int, Tensor] = {}  # tables that `struct` points to
+        self.struct = library.Memory(type=CACHE_TYPES[cache])
+        self.reserve(capacity)
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` tokens."""
+        if capacity <= self.struct.capacity:
+            return
+        capacity = -(-max(capacity, 2 * self.struct.capacity) // PANEL) * PANEL
+        dims, blocks = self._decoder.dimensions, len(self._decoder.blocks)
+        heads = (blocks, dims.kv_heads)
+        padded = -(-dims.head_size // PANEL) * PANEL
+        dtype = _CACHE_DTYPES[self.cache]
+        fresh = {
+            "keys": torch.empty(*heads, capacity // PANEL, dims.head_size, PANEL, dtype=dtype),
+            "values": torch.empty(*heads, capacity, padded, dtype=dtype),
+        }
+        if self.cache == "int8":
+            fresh["key_scales"] = torch.empty(*heads, capacity)
+            fresh["value_scales"] = torch.empty(*heads, capacity)
+        for name, tensor in fresh.items():
+            if name in self._tensors and self.length:
+                old = self._tensors[name]
+                used = -(-self.length // PANEL) if name == "keys" else self.length
+                tensor[:, :, :used] = old[:, :, :used]
+            setattr(self.struct, name, tensor.data_ptr())
+        self._tensors = fresh
+        self.struct.capacity = capacity
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tokens remembered so far take."""
+        share = self.length / max(self.struct.capacity, 1)
+        return int(share * sum(tensor.nbytes for tensor in self._tensors.values()))
+
+    def forget(self, length: int = 0) -> None:
+        """Go back to the first `length` tokens."""
+        if not 0 <= length <= self.length:
+            raise UserError(f"cannot go back to {length} tokens: there are {self.length}")
+        self.length = length
+
+
+class Decoder:
+    """The forward pass of a model whose blocks are `blocks`.
+
+    angles: of the rotary embedding, see `Angles`; None for a model without.
+    changing: whether the angles of a position depend on the length of the sequence (dynamic
+        scalings); then they are asked for in every call, for the tokens of that call.
+    """
+
+    def __init__(
+        self,
+        dimensions: Dimensions,
+        blocks: Sequence[BlockWeights],
+        embedding: PackedWeight,
+        head: PackedLinear,
+        norm: Tensor,
+        angles: Angles,
+        changing: bool = False,
+    ) -> None:
+        self.dimensions, self.blocks = dimensions, list(blocks)
+        self.embedding, self.head = embedding, head
+        self._angles, self._changing = angles, changing
+        self._ropes = sorted({block.rope for block in blocks if block.rope >= 0})
+        self._tables: dict[int, Tensor] = {}
+        self._kept: list[Tensor] = []
+        self._structs = (Block * len(self.blocks))(*map(self._block, self.blocks))
+        self._model = self._describe(norm)
+
+    def memory(self, capacity: int = 256, cache: str = "fp16") -> Memory:
+        """An empty sequence with room for `capacity` tokens; more as it grows.
+
+        cache: what keys and values are kept in: "fp32", "fp16", "bf16", or "int8" with one scale
+            per token and head.
+        """
+        return Memory(self, capacity, cache)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights, packing included; a tied head counts once."""
+        weights = {id(self.embedding): self.embedding, id(self.head.weight): self.head.weight}
+        for block in self.blocks:
+            weights |= {id(item.weight): item.weight for item in block.linears().values()}
+        tensors = {t.data_ptr(): t.nbytes for w in weights.values() for t in w.tensors.values()}
+        return sum(tensors.values()) + sum(tensor.nbytes for tensor in self._kept)
+
+    def forward(
+        self, feeds: Sequence[tuple[Memory, Sequence[int]]], keep: int | None = 1
+    ) -> Tensor:
+        """Feed each sequence its next tokens, whose keys and values it then remembers.
+
+        keep: after how many of the last tokens of each sequence logits are wanted; None: all.
+
+        Returns float32 [sum of kept tokens, vocabulary], sequence by sequence. Raises UserError for
+        an empty feed, a sequence fed twice or unknown tokens.
+        """
+        for memory, ids in feeds:
+            if len(ids) == 0:
+                raise UserError("a sequence has no tokens to feed")
+            if memory._decoder is not self:
+                raise UserError("this memory belongs to another decoder")
+        if len({id(memory) for memory, _ in feeds}) < len(feeds):
+            raise UserError("a sequence can be fed once in a call")
+        kept = [len(ids) if keep is None else min(keep, len(ids)) for _, ids in feeds]
+        if sum(len(ids) for _, ids in feeds) <= CHUNK:
+            return self._call(feeds, kept)
+        rows = []  # one long sequence after the other
+        for (memory, ids), wanted in zip(feeds, kept, strict=True):
+            for start in range(0, len(ids), CHUNK):
+                part = ids[start : start + CHUNK]
+                after = len(ids) - start - len(part)  # tokens that come later
+                rows.append(self._call([(memory, part)], [min(max(wanted - after, 0), len(part))]))
+        return torch.cat(rows)
+
+    def _call(self, feeds: Sequence[tuple[Memory, Sequence[int]]], kept: Sequence[int]) -> Tensor:
+        ids = np.concatenate([np.asarray(part, dtype=np.int32) for _, part in feeds])
+        if ids.min() < 0 or ids.max() >= self.dimensions.vocabulary:
+            raise UserError(
+                f"token ids must be from 0 to {self.dimensions.vocabulary - 1}; found "
+                f"{ids.min() if ids.min() < 0 else ids.max()}"
+            )
+        ends = np.cumsum([len(part) for _, part in feeds], dtype=np.int32)
+        wanted = np.concatenate(
+            [np.arange(end - n, end, dtype=np.int32) for end, n in zip(ends, kept, strict=True)]
+        )
+        for memory, part in feeds:
+            memory.reserve(memory.length + len(part))
+            memory.struct.length, memory.struct.tokens = memory.length, len(part)
+            self._point_at_angles(memory)
+        logits = torch.empty(len(wanted), self.dimensions.vocabulary)
+        status = library.native().pt_forward(
+            ctypes.byref(self._model),
+            (library.Memory * len(feeds))(*(memory.struct for memory, _ in feeds)),
+            len(feeds), ids.ctypes.data, wanted.ctypes.data, len(wanted), logits.data_ptr(),
+        )  # fmt: skip
+        library.check(status, f"a pass over {len(ids)} tokens")
+        for memory, part in feeds:
+            memory.length += len(part)
+        return logits
+
+    def _point_at_angles(self, memory: Memory) -> None:
+        start, stop = memory.length, memory.length + memory.struct.tokens
+        for rope in self._ropes:
+            if self._changing:
+                table = torch.empty(memory.struct.capacity, self.dimensions.rotary)
+                table[start:stop] = self._angles(rope, start, stop)
+            else:
+                table = self._tables.get(rope, torch.empty(0))
+                if len(table) < stop:
+                    length = max(2 * len(table), -(-stop // CHUNK) * CHUNK)
+                    table = self._angles(rope, 0, length).to(torch.float32).contiguous()
+                    self._tables[rope] = table
+            memory._angles[rope] = table
+            memory.struct.angles[rope] = table.data_ptr()
+
+    def _keep(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        self._kept.append(tensor.detach().to(torch.float32).contiguous())
+        return self._kept[-1].data_ptr()
+
+    def _block(self, block: BlockWeights) -> Block:
+        made = Block(window=block.window, rope=block.rope)
+        for name, item in block.linears().items():
+            setattr(made, name, ctypes.pointer(item.weight.struct))
+        for name in ("attention_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm"):
+            setattr(made, name, self._keep(getattr(block, name)))
+        made.q_norm, made.k_norm = self._keep(block.q_norm), self._keep(block.k_norm)
+        shared = {
+            "qkv_input": (block.q, block.k, block.v),
+            "o_input": (block.o,),
+            "mlp_input": (block.gate, block.up),
+            "down_input": (block.down,),
+        }
+        for name, layers in shared.items():
+            setattr(made, name, _one_input(name, layers))
+        return made
+
+    def _describe(self, norm: Tensor) -> Model:
+        values = {
+            item.name: getattr(self.dimensions, item.name) for item in fields(self.dimensions)
+        }
+        values["activation"] = ACTIVATIONS[self.dimensions.activation]
+        return Model(
+            **values,
+            blocks=len(self.blocks),
+            block=ctypes.cast(self._structs, ctypes.POINTER(Block)),
+            norm=self._keep(norm),
+            embedding=_pointer(self.embedding),
+            head=_pointer(self.head.weight),
+            head_input=_one_input("head_input", (self.head,)),
+        )
+
+
+def _pointer(weight: PackedWeight) -> "ctypes._Pointer[Weight]":
+    return ctypes.pointer(weight.struct)
+
+
+def _one_input(name: str, layers: Sequence[PackedLinear]) -> library.Input:
+    """The input format that these layers share."""
+    for layer in layers:
+        if layer.input.spec is not None:
+            raise UserError(
+                f"{name}: the kernels cannot quantize activations to {layer.input.spec}"
+            )
+        if bytes(layer.input.struct) != bytes(layers[0].input.struct):
+            raise UserError(f"{name}: layers that share their input quantize it in different ways")
+    return layers[0].input.struct

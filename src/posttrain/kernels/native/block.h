@@ -1,0 +1,338 @@
+/* What lies between the products of a decoder block, written once over the vectors of an instruction
+ * set: included after product.h. As there, a result is the same to the bit on every instruction set
+ * and whatever is computed beside it: each sum is formed in one order, fixed by the position of its
+ * terms.
+ */
+
+namespace {
+
+/* ----------------------------------------------------------------------- elementary functions */
+
+/* e^x to 2 ulp for x <= 0 and moderate x > 0 (Cephes' polynomial); 0 below -87, 2^127 above 88. */
+INLINE F32 exponential(F32 x) {
+  x = minimum(maximum(x, set_f32(-87.0f)), set_f32(88.0f));
+  I32 n = rounded(mul(x, set_f32(1.44269504f)));
+  F32 whole = to_f32(n);
+  F32 r = fma(whole, set_f32(-0.693359375f), x);
+  r = fma(whole, set_f32(2.12194440e-4f), r);
+  F32 p = set_f32(1.9875691500e-4f);
+  p = fma(p, r, set_f32(1.3981999507e-3f));
+  p = fma(p, r, set_f32(8.3334519073e-3f));
+  p = fma(p, r, set_f32(4.1665795894e-2f));
+  p = fma(p, r, set_f32(1.6666665459e-1f));
+  p = fma(p, r, set_f32(5.0000001201e-1f));
+  p = add(fma(p, mul(r, r), r), set_f32(1.0f));
+  return mul(p, power_of_two(n));
+}
+
+INLINE F32 sigmoid(F32 x) {
+  F32 one = set_f32(1.0f);
+  return divide(one, add(one, exponential(subtract(set_f32(0.0f), x))));
+}
+
+/* tanh x = 1 - 2 / (1 + e^2x) */
+INLINE F32 hyperbolic_tangent(F32 x) {
+  return subtract(mul(set_f32(2.0f), sigmoid(mul(set_f32(2.0f), x))), set_f32(1.0f));
+}
+
+/* erf x to 2e-7 (Abramowitz and Stegun 7.1.26). */
+INLINE F32 error_function(F32 x) {
+  F32 magnitude = maximum(x, subtract(set_f32(0.0f), x)), one = set_f32(1.0f);
+  F32 t = divide(one, fma(magnitude, set_f32(0.3275911f), one));
+  F32 p = set_f32(1.061405429f);
+  p = fma(p, t, set_f32(-1.453152027f));
+  p = fma(p, t, set_f32(1.421413741f));
+  p = fma(p, t, set_f32(-0.284496736f));
+  p = fma(p, t, set_f32(0.254829592f));
+  p = mul(mul(p, t), exponential(subtract(set_f32(0.0f), mul(x, x))));
+  F32 positive = subtract(one, p);
+  float in[kPanel], out[kPanel]; /* the sign of x */
+  store_some(in, x, kPanel);
+  store_some(out, positive, kPanel);
+  for (int i = 0; i < kPanel; i++) out[i] = in[i] < 0 ? -out[i] : out[i];
+  return load_floats(out);
+}
+
+INLINE F32 activate(int32_t kind, F32 x) {
+  switch (kind) {
+    case PT_SILU: return mul(x, sigmoid(x));
+    case PT_GELU_TANH: {
+      F32 cubic = mul(mul(x, mul(x, x)), set_f32(0.044715f));
+      F32 t = hyperbolic_tangent(mul(set_f32(0.79788456f), add(x, cubic)));
+      return mul(mul(set_f32(0.5f), x), add(set_f32(1.0f), t));
+    }
+    case PT_GELU: {
+      F32 e = error_function(mul(x, set_f32(0.70710678f)));
+      return mul(mul(set_f32(0.5f), x), add(set_f32(1.0f), e));
+    }
+    default: return maximum(x, set_f32(0.0f)); /* PT_RELU */
+  }
+}
+
+/* Sum, or largest, of the lanes: by halves, always in this order. */
+INLINE float sum_lanes(F32 v) {
+  float a[kPanel];
+  store_some(a, v, kPanel);
+  for (int h = kPanel / 2; h; h /= 2)
+    for (int i = 0; i < h; i++) a[i] += a[i + h];
+  return a[0];
+}
+INLINE float largest_lane(F32 v) {
+  float a[kPanel];
+  store_some(a, v, kPanel);
+  for (int h = kPanel / 2; h; h /= 2)
+    for (int i = 0; i < h; i++) a[i] = a[i] > a[i + h] ? a[i] : a[i + h];
+  return a[0];
+}
+
+INLINE int64_t at_most_16(int64_t count) { return count < kPanel ? count : kPanel; }
+
+/* --------------------------------------------------------------------------- rows of floats */
+
+/* y = x / sqrt(mean(x^2) + eps) * gain; x and y may be the same. */
+void rms_norm(const float *x, const float *gain, float eps, int64_t n, float *y) {
+  F32 squares[4] = {set_f32(0.0f), set_f32(0.0f), set_f32(0.0f), set_f32(0.0f)};
+  for (int64_t i = 0; i < n; i += kPanel) {
+    F32 v = load_some(x + i, at_most_16(n - i));
+    squares[i / kPanel % 4] = fma(v, v, squares[i / kPanel % 4]);
+  }
+  float sum = sum_lanes(add(add(squares[0], squares[1]), add(squares[2], squares[3])));
+  F32 scale = set_f32(1.0f / __builtin_sqrtf(sum / (float)n + eps));
+  for (int64_t i = 0; i < n; i += kPanel) {
+    int64_t count = at_most_16(n - i);
+    F32 v = mul(load_some(x + i, count), scale);
+    store_some(y + i, gain ? mul(v, load_some(gain + i, count)) : v, count);
+  }
+}
+
+/* gate = act(gate) * up */
+void gated(int32_t kind, float *gate, const float *up, int64_t n) {
+  for (int64_t i = 0; i < n; i += kPanel) {
+    int64_t count = at_most_16(n - i);
+    F32 g = activate(kind, load_some(gate + i, count));
+    store_some(gate + i, mul(g, load_some(up + i, count)), count);
+  }
+}
+
+/* x += scale * y */
+void accumulate(float *x, const float *y, float scale, int64_t n) {
+  for (int64_t i = 0; i < n; i += kPanel) {
+    int64_t count = at_most_16(n - i);
+    F32 sum = fma(load_some(y + i, count), set_f32(scale), load_some(x + i, count));
+    store_some(x + i, sum, count);
+  }
+}
+
+/* One head, its first `rotary` channels rotated in pairs (i, i + rotary / 2) by the angles whose
+ * cosines, then sines, are given. */
+void rotate_positions(float *head, const float *angles, int64_t rotary) {
+  const int64_t half = rotary / 2;
+  for (int64_t i = 0; i < half; i += kPanel) {
+    int64_t count = at_most_16(half - i);
+    F32 c = load_some(angles + i, count), s = load_some(angles + half + i, count);
+    F32 a = load_some(head + i, count), b = load_some(head + half + i, count);
+    store_some(head + i, subtract(mul(a, c), mul(b, s)), count);
+    store_some(head + half + i, fma(b, c, mul(a, s)), count);
+  }
+}
+
+/* logits = cap * tanh(logits / cap) */
+void soft_cap(float *x, float cap, int64_t n) {
+  for (int64_t i = 0; i < n; i += kPanel) {
+    int64_t count = at_most_16(n - i);
+    F32 t = hyperbolic_tangent(divide(load_some(x + i, count), set_f32(cap)));
+    store_some(x + i, mul(t, set_f32(cap)), count);
+  }
+}
+
+/* --------------------------------------------------------------------- the cache of one head */
+
+/* 16 elements of a cache of `Type`; those of PT_I8 are codes. */
+template <int Type>
+INLINE F32 load_cached(const void *cache, int64_t at) {
+  if constexpr (Type == PT_CACHE_F32) return load_floats((const float *)cache + at);
+  else if constexpr (Type == PT_CACHE_I8) return to_f32(load_i8((const int8_t *)cache + at));
+  else return load_halves<Type == PT_CACHE_F16>((const uint16_t *)cache + at);
+}
+
+/* 16 lanes as elements of a cache. */
+template <int Type>
+INLINE void store_cached(void *to, F32 v) {
+  if constexpr (Type == PT_CACHE_F32) store_some((float *)to, v, kPanel);
+  else store_halves<Type == PT_CACHE_F16>((uint16_t *)to, v);
+}
+
+/* Stores one head's key and value [head_size] at a position: keys in panels of 16 positions,
+ * channel by channel, so that 16 scores come out side by side; values as they are. */
+template <int Type>
+void remember_as(const HeadCache &c, int64_t position, const float *key, const float *value) {
+  const int64_t size = c.head_size, width = c.value_width;
+  const int64_t first = position / kPanel * size * kPanel + position % kPanel;
+  typedef typename std::conditional<
+      Type == PT_CACHE_F32, float,
+      typename std::conditional<Type == PT_CACHE_I8, int8_t, uint16_t>::type>::type Element;
+  Element *keys = (Element *)c.keys + first, *values = (Element *)c.values + position * width;
+  Element row[kPanel];
+  if constexpr (Type == PT_CACHE_I8) {
+    pt_input in{};
+    in.lo = -127, in.hi = 127, in.top = 127.0f;
+    float scale = scale_of(largest_magnitude(key, size), in);
+    c.key_scales[position] = scale;
+    for (int64_t i = 0; i < size; i++) keys[i * kPanel] = (int8_t)code_of(key[i], scale, in);
+    scale = scale_of(largest_magnitude(value, size), in);
+    c.value_scales[position] = scale;
+    for (int64_t i = 0; i < size; i++) values[i] = (int8_t)code_of(value[i], scale, in);
+    for (int64_t i = size; i < width; i++) values[i] = 0;
+  } else {
+    for (int64_t i = 0; i < size; i += kPanel) {
+      int64_t count = at_most_16(size - i);
+      store_cached<Type>(row, load_some(key + i, count));
+      for (int64_t j = 0; j < count; j++) keys[(i + j) * kPanel] = row[j];
+      store_cached<Type>(values + i, load_some(value + i, count));
+    }
+  }
+}
+
+/* -------------------------------------------------------------------------------- attention */
+
+/* Scores of R queries with V panels of keys. */
+template <int Type, int R, int V>
+INLINE void score_panels(const HeadCache &c, const float *const (&q)[R], int64_t panel,
+                         float *scores, int64_t ld) {
+  const int64_t size = c.head_size, stride = size * kPanel;
+  F32 sums[R][V];
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int v = 0; v < V; v++) sums[r][v] = set_f32(0.0f);
+  for (int64_t d = 0; d < size; d++) {
+    F32 k[V];
+    UNROLL for (int v = 0; v < V; v++)
+      k[v] = load_cached<Type>(c.keys, (panel + v) * stride + d * kPanel);
+    UNROLL for (int r = 0; r < R; r++) {
+      F32 x = set_f32(q[r][d]);
+      UNROLL for (int v = 0; v < V; v++) sums[r][v] = fma(k[v], x, sums[r][v]);
+    }
+  }
+  UNROLL for (int v = 0; v < V; v++) {
+    F32 scale = set_f32(c.scale);
+    if constexpr (Type == PT_CACHE_I8) scale = mul(scale, load_floats(c.key_scales + (panel + v) * kPanel));
+    UNROLL for (int r = 0; r < R; r++) store_some(scores + r * ld + v * kPanel, mul(sums[r][v], scale), kPanel);
+  }
+}
+
+/* out[r] = sum over positions j of weights[r][j] * values[j], for V vectors of channels. */
+template <int Type, int R, int V>
+INLINE void mix_values(const HeadCache &c, const float *weights, int64_t ld, int64_t begin,
+                       int64_t end, int64_t channel, const float (&total)[R], float *const (&out)[R]) {
+  F32 sums[R][V];
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int v = 0; v < V; v++) sums[r][v] = set_f32(0.0f);
+  for (int64_t j = begin; j < end; j++) {
+    F32 value[V];
+    UNROLL for (int v = 0; v < V; v++)
+      value[v] = load_cached<Type>(c.values, j * c.value_width + channel + v * kPanel);
+    UNROLL for (int r = 0; r < R; r++) {
+      F32 w = set_f32(weights[r * ld + j - begin]);
+      UNROLL for (int v = 0; v < V; v++) sums[r][v] = fma(value[v], w, sums[r][v]);
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int v = 0; v < V; v++) {
+      int64_t at = channel + v * kPanel, count = at_most_16(c.head_size - at);
+      if (count > 0) store_some(out[r] + at, divide(sums[r][v], set_f32(total[r])), count);
+    }
+}
+
+/* Scores of one query become e^(score - largest), 0 outside [begin, end); their sum. */
+INLINE float soften(const HeadCache &c, float *scores, int64_t origin, int64_t begin, int64_t end,
+                    int64_t padded_end) {
+  if (c.soft_cap > 0) soft_cap(scores, c.soft_cap, padded_end - origin);
+  F32 most = set_f32(-__builtin_inff()), sum = set_f32(0.0f);
+  for (int64_t j = origin; j < padded_end; j += kPanel) {
+    F32 s = within(load_floats(scores + j - origin), begin - j, end - j, -__builtin_inff());
+    most = maximum(s, most);
+  }
+  most = set_f32(largest_lane(most));
+  for (int64_t j = origin; j < padded_end; j += kPanel) {
+    F32 e = exponential(subtract(load_floats(scores + j - origin), most));
+    e = within(e, begin - j, end - j, 0.0f);
+    sum = add(sum, e);
+    F32 weight = e;
+    if (c.value_scales) { /* lanes beyond `end` may hold anything */
+      F32 scale = within(load_floats(c.value_scales + j), begin - j, end - j, 0.0f);
+      weight = mul(e, scale);
+    }
+    store_some(scores + j - origin, weight, kPanel);
+  }
+  return sum_lanes(sum);
+}
+
+/* R queries, the r-th at position[r], over one head's cache. */
+template <int Type, int R>
+void attend_rows(const HeadCache &c, const float *const (&q)[R], const int64_t (&position)[R],
+                 float *const (&out)[R], float *scores) {
+  int64_t first = position[0], last = position[0];
+  for (int r = 1; r < R; r++) {
+    first = position[r] < first ? position[r] : first;
+    last = position[r] > last ? position[r] : last;
+  }
+  auto begin_of = [&](int64_t p) { return c.window && p >= c.window ? p - c.window + 1 : (int64_t)0; };
+  const int64_t origin = begin_of(first) / kPanel * kPanel;
+  const int64_t panels = ceil_div(last + 1 - origin, kPanel), ld = panels * kPanel;
+  for (int64_t p = 0; p < panels;) {
+    with_count<4>(panels - p, [&](auto count) {
+      score_panels<Type, R, decltype(count)::value>(c, q, origin / kPanel + p, scores + p * kPanel, ld);
+      p += count.value;
+    });
+  }
+  float total[R];
+  for (int r = 0; r < R; r++)
+    total[r] = soften(c, scores + r * ld, origin, begin_of(position[r]), position[r] + 1, origin + ld);
+  const int64_t vectors = c.value_width / kPanel;
+  for (int64_t v = 0; v < vectors;) {
+    with_count<4>(vectors - v, [&](auto count) {
+      mix_values<Type, R, decltype(count)::value>(c, scores, ld, origin, last + 1, v * kPanel, total, out);
+      v += count.value;
+    });
+  }
+}
+
+/* Calls f(Constant<type>) for the type of a cache. */
+template <class F>
+INLINE void with_cache_type(int32_t type, F f) {
+  switch (type) {
+    case PT_CACHE_F32: return f(Constant<PT_CACHE_F32>{});
+    case PT_CACHE_F16: return f(Constant<PT_CACHE_F16>{});
+    case PT_CACHE_BF16: return f(Constant<PT_CACHE_BF16>{});
+    case PT_CACHE_I8: return f(Constant<PT_CACHE_I8>{});
+  }
+}
+
+void remember(const HeadCache &c, int64_t position, const float *key, const float *value) {
+  with_cache_type(c.type, [&](auto type) { remember_as<decltype(type)::value>(c, position, key, value); });
+}
+
+/* `heads` query heads of `tokens` tokens from `position` on, all of which see this cache head.
+ * q and out: [tokens, ld], heads side by side. `scores`: attention_scratch(...) floats. */
+void attend(const HeadCache &c, const float *q, int64_t ld, int64_t heads, int64_t tokens,
+            int64_t position, float *out, float *scores) {
+  const int64_t rows = heads * tokens;
+  auto at = [&](int64_t row) { return row / heads * ld + row % heads * c.head_size; };
+  with_cache_type(c.type, [&](auto type) {
+    for (int64_t row = 0; row < rows;) {
+      with_count<kQueries>(rows - row, [&](auto count) {
+        constexpr int n = decltype(count)::value;
+        const float *from[n];
+        float *to[n];
+        int64_t positions[n];
+        for (int r = 0; r < n; r++) {
+          from[r] = q + at(row + r), to[r] = out + at(row + r);
+          positions[r] = position + (row + r) / heads;
+        }
+        attend_rows<decltype(type)::value, n>(c, from, positions, to, scores);
+        row += n;
+      });
+    }
+  });
+}
+
+}  // namespace

@@ -1,0 +1,300 @@
+/* pt_forward: a whole decoder in one call. */
+#include <string.h>
+
+#include <vector>
+
+#include "dispatch.h"
+#include "kernels.h"
+#include "linear.h"
+#include "threads.h"
+
+namespace {
+
+#include "scalar.h"
+
+/* Queries of a work item: enough to pass over keys and values seldom, few enough to share out. */
+const int64_t kQueriesPerItem = 24;
+
+int64_t element_size(int32_t cache_type) {
+  return cache_type == PT_CACHE_F32 ? 4 : cache_type == PT_CACHE_I8 ? 1 : 2;
+}
+
+/* Row `row` of an embedding as floats. */
+void embed(const pt_weight &w, int64_t row, float scale, float *out) {
+  if (w.stage == PT_ROWS) {
+    const uint8_t *from = w.codes + row * w.cols * w.bits / 8;
+    for (int64_t k = 0; k < w.cols; k++) {
+      uint16_t half;
+      float value;
+      if (w.bits == 32) {
+        memcpy(&value, from + 4 * k, 4);
+      } else {
+        memcpy(&half, from + 2 * k, 2);
+        value = w.half == PT_F16 ? half_to_float(half) : bfloat16_to_float(half);
+      }
+      out[k] = value * scale;
+    }
+    return;
+  }
+  const int64_t panel = row / kPanel, lane = row % kPanel;
+  const int64_t groups = w.group >= w.cols ? 1 : ceil_div(w.cols, w.group);
+  const uint8_t *codes = w.codes + panel * panel_bytes(w.cols, w.bits);
+  for (int64_t k = 0; k < w.cols; k++) {
+    if (w.stage == PT_FLOAT) {
+      int64_t at = k * kPanel + lane;
+      if (w.bits == 32) out[k] = ((const float *)codes)[at];
+      else if (w.half == PT_F16) out[k] = half_to_float(((const uint16_t *)codes)[at]);
+      else out[k] = bfloat16_to_float(((const uint16_t *)codes)[at]);
+    } else {
+      int64_t at = (panel * groups + (groups == 1 ? 0 : k / w.group)) * kPanel + lane;
+      int32_t code = code_at(codes, w.bits, lane, k);
+      float value = w.stage == PT_INTEGER ? (float)(code - (w.zeros ? w.zeros[at] : w.zero))
+                                          : w.table[code];
+      float factor = w.scales ? scale_at(w.scales, w.scale_type, at) : 1.0f;
+      out[k] = value * factor * w.multiplier;
+    }
+    out[k] *= scale;
+  }
+}
+
+/* Sequences as one list of tokens. */
+struct Place {
+  const pt_sequence *sequence;
+  int64_t position;
+};
+
+class Pass {
+ public:
+  Pass(const pt_model &model, const pt_sequence *sequences, int count)
+      : m_(model), sequences_(sequences), count_(count), kernels_(active_kernels()) {
+    for (int i = 0; i < count; i++)
+      for (int64_t t = 0; t < sequences[i].tokens; t++)
+        places_.push_back({sequences + i, sequences[i].length + t});
+    tokens_ = (int64_t)places_.size();
+    queries_ = (int64_t)m_.heads * m_.head_size, keys_ = (int64_t)m_.kv_heads * m_.head_size;
+    int64_t hidden = 0, longest = 0;
+    for (int i = 0; i < m_.blocks; i++)
+      hidden = m_.block[i].gate->rows > hidden ? m_.block[i].gate->rows : hidden;
+    for (auto &p : places_) longest = p.position >= longest ? p.position + 1 : longest;
+    scratch_floats_ = attention_scratch(longest);
+    const int64_t wide = m_.width > queries_ ? m_.width : queries_;
+    float *memory = buffer().get<float>(tokens_ * (2 * wide + queries_ + 2 * keys_ + 2 * hidden) +
+                                        thread_count() * scratch_floats_);
+    auto take = [&](int64_t floats) {
+      float *mine = memory;
+      memory += floats;
+      return mine;
+    };
+    x = take(tokens_ * m_.width), h = take(tokens_ * wide);
+    q_ = take(tokens_ * queries_), k_ = take(tokens_ * keys_), v_ = take(tokens_ * keys_);
+    gate_ = take(tokens_ * hidden), up_ = take(tokens_ * hidden);
+    scratch_ = take(thread_count() * scratch_floats_);
+  }
+
+  void embed_all(const int32_t *ids) {
+    for_token_blocks(tokens_, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; t++)
+        embed(*m_.embedding, ids[t], m_.embedding_scale, x + t * m_.width);
+    });
+  }
+
+  void attention(int index) {
+    const pt_block &b = m_.block[index];
+    normalize(b.attention_norm);
+    const pt_weight *qkv[] = {b.q, b.k, b.v};
+    float *out[] = {q_, k_, v_};
+    const int64_t ld[] = {queries_, keys_, keys_};
+    multiply_all(qkv, 3, h, m_.width, tokens_, b.qkv_input, out, ld);
+    for_token_blocks(tokens_, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; t++) place(b, index, t);
+    });
+    attend(b, index);
+    project(b.o, q_, queries_, b.o_input, b.attention_out_norm);
+  }
+
+  void mlp(int index) {
+    const pt_block &b = m_.block[index];
+    const int64_t hidden = b.gate->rows;
+    normalize(b.mlp_norm);
+    const pt_weight *both[] = {b.gate, b.up};
+    float *out[] = {gate_, up_};
+    const int64_t ld[] = {hidden, hidden};
+    multiply_all(both, 2, h, m_.width, tokens_, b.mlp_input, out, ld);
+    for_token_blocks(tokens_, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; t++)
+        kernels_.gated(m_.activation, gate_ + t * hidden, up_ + t * hidden, hidden);
+    });
+    project(b.down, gate_, hidden, b.down_input, b.mlp_out_norm);
+  }
+
+  void logits(const int32_t *want, int64_t wanted, float *out) {
+    for_token_blocks(wanted, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; i++)
+        kernels_.rms_norm(x + want[i] * m_.width, m_.norm, m_.eps, m_.width, h + i * m_.width);
+    });
+    const int64_t vocabulary = m_.vocabulary;
+    multiply_all(&m_.head, 1, h, m_.width, wanted, m_.head_input, &out, &vocabulary);
+    if (m_.logit_cap == 0 && m_.logit_scale == 1) return;
+    for_token_blocks(wanted, [&](int64_t first, int64_t last) {
+      float *row = out + first * vocabulary;
+      const int64_t n = (last - first) * vocabulary;
+      if (m_.logit_scale != 1)
+        for (int64_t i = 0; i < n; i++) row[i] *= m_.logit_scale;
+      if (m_.logit_cap > 0) kernels_.soft_cap(row, m_.logit_cap, n);
+    });
+  }
+
+  float *x, *h; /* [tokens, width]: the residual stream; what enters the next product */
+
+ private:
+  static Buffer &buffer() {
+    static Buffer *one = new Buffer;
+    return *one;
+  }
+
+  void normalize(const float *gain) {
+    for_token_blocks(tokens_, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; t++)
+        kernels_.rms_norm(x + t * m_.width, gain, m_.eps, m_.width, h + t * m_.width);
+    });
+  }
+
+  /* x += norm(weight(from)) */
+  void project(const pt_weight *weight, const float *from, int64_t ld, const pt_input &input,
+               const float *out_norm) {
+    const int64_t width = m_.width;
+    multiply_all(&weight, 1, from, ld, tokens_, input, &h, &width);
+    for_token_blocks(tokens_, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; t++) {
+        float *y = h + t * width;
+        if (out_norm) kernels_.rms_norm(y, out_norm, m_.eps, width, y);
+        kernels_.accumulate(x + t * width, y, m_.residual_scale, width);
+      }
+    });
+  }
+
+  HeadCache cache(const pt_block &b, const pt_sequence &s, int64_t index, int64_t head) const {
+    const int64_t size = m_.head_size, width = ceil_div(size, kPanel) * kPanel;
+    const int64_t bytes = element_size(s.type), at = (index * m_.kv_heads + head) * s.capacity;
+    HeadCache c{};
+    c.keys = (uint8_t *)s.keys + at * size * bytes;
+    c.values = (uint8_t *)s.values + at * width * bytes;
+    if (s.type == PT_CACHE_I8) c.key_scales = s.key_scales + at, c.value_scales = s.value_scales + at;
+    c.type = s.type, c.head_size = size, c.value_width = width;
+    c.scale = m_.attention_scale, c.soft_cap = m_.attention_cap, c.window = b.window;
+    return c;
+  }
+
+  /* Norms and angles of one token's heads, and its place in the cache. */
+  void place(const pt_block &b, int index, int64_t t) {
+    const int64_t size = m_.head_size;
+    const Place &p = places_[t];
+    const float *angles = b.rope < 0 ? nullptr : p.sequence->angles[b.rope] + p.position * m_.rotary;
+    auto prepare = [&](float *head, const float *gain) {
+      if (gain) kernels_.rms_norm(head, gain, m_.eps, size, head);
+      if (angles) kernels_.rotate_positions(head, angles, m_.rotary);
+    };
+    for (int i = 0; i < m_.heads; i++) prepare(q_ + t * queries_ + i * size, b.q_norm);
+    for (int i = 0; i < m_.kv_heads; i++) {
+      float *key = k_ + t * keys_ + i * size;
+      prepare(key, b.k_norm);
+      kernels_.remember(cache(b, *p.sequence, index, i), p.position, key, v_ + t * keys_ + i * size);
+    }
+  }
+
+  /* q_ becomes what each query takes from the values. */
+  void attend(const pt_block &b, int index) {
+    const int64_t group = m_.heads / m_.kv_heads;
+    int64_t per_item = kQueriesPerItem / group > 1 ? kQueriesPerItem / group : 1; /* tokens */
+    items_.clear();
+    int64_t start = 0, units = 0;
+    for (int i = 0; i < count_; i++) units += ceil_div(sequences_[i].tokens, per_item) * m_.kv_heads;
+    /* Too few items to go round: one for every query head. */
+    const int64_t heads = units < 4 * thread_count() ? 1 : group;
+    for (int i = 0; i < count_; start += sequences_[i].tokens, i++)
+      for (int64_t last = sequences_[i].tokens; last > 0; last -= per_item) /* long ones first */
+        for (int64_t head = 0; head < m_.heads; head += heads)
+          items_.push_back({start, last > per_item ? last - per_item : 0, last, head, i});
+    parallel_for((int64_t)items_.size(), [&](int64_t i, int thread) {
+      const AttentionItem &item = items_[i];
+      const pt_sequence &s = sequences_[item.sequence];
+      float *q = q_ + (item.start + item.first) * queries_ + item.head * m_.head_size;
+      kernels_.attend(cache(b, s, index, item.head / group), q, queries_, heads,
+                      item.last - item.first, s.length + item.first, q,
+                      scratch_ + thread * scratch_floats_);
+    });
+  }
+
+  struct AttentionItem {
+    int64_t start, first, last; /* where its sequence begins; tokens of that */
+    int64_t head;
+    int sequence;
+  };
+
+  const pt_model &m_;
+  const pt_sequence *sequences_;
+  const int count_;
+  const Kernels &kernels_;
+  std::vector<Place> places_;
+  std::vector<AttentionItem> items_;
+  int64_t tokens_, queries_, keys_, scratch_floats_;
+  float *q_, *k_, *v_, *gate_, *up_, *scratch_;
+};
+
+int32_t check(const pt_model &m) {
+  if (m.blocks < 1 || m.width < 1 || m.kv_heads < 1 || m.heads % m.kv_heads || m.head_size < 1)
+    return PT_BAD_SHAPE;
+  if (m.rotary % 2 || m.rotary > m.head_size || m.vocabulary < 1) return PT_BAD_SHAPE;
+  const int64_t queries = (int64_t)m.heads * m.head_size, keys = (int64_t)m.kv_heads * m.head_size;
+  auto fits = [](const pt_weight *w, int64_t rows, int64_t cols) {
+    return w->rows == rows && w->cols == cols;
+  };
+  pt_input floats{};
+  if (int32_t wrong = check_products(&m.embedding, 1, floats)) return wrong;
+  if (int32_t wrong = check_products(&m.head, 1, m.head_input)) return wrong;
+  if (!fits(m.embedding, m.vocabulary, m.width) || !fits(m.head, m.vocabulary, m.width))
+    return PT_BAD_SHAPE;
+  for (int i = 0; i < m.blocks; i++) {
+    const pt_block &b = m.block[i];
+    const pt_weight *qkv[] = {b.q, b.k, b.v}, *mlp[] = {b.gate, b.up};
+    if (int32_t wrong = check_products(qkv, 3, b.qkv_input)) return wrong;
+    if (int32_t wrong = check_products(mlp, 2, b.mlp_input)) return wrong;
+    if (int32_t wrong = check_products(&b.o, 1, b.o_input)) return wrong;
+    if (int32_t wrong = check_products(&b.down, 1, b.down_input)) return wrong;
+    const int64_t hidden = b.gate->rows;
+    if (!fits(b.q, queries, m.width) || !fits(b.k, keys, m.width) || !fits(b.v, keys, m.width) ||
+        !fits(b.o, m.width, queries) || !fits(b.gate, hidden, m.width) ||
+        !fits(b.up, hidden, m.width) || !fits(b.down, m.width, hidden))
+      return PT_BAD_SHAPE;
+  }
+  return PT_OK;
+}
+
+}  // namespace
+
+int32_t pt_forward(const pt_model *model, const pt_sequence *sequences, int32_t count,
+                   const int32_t *ids, const int32_t *want, int32_t wanted, float *logits) {
+  if (int32_t wrong = check(*model)) return wrong;
+  int64_t tokens = 0;
+  for (int i = 0; i < count; i++) {
+    const pt_sequence &s = sequences[i];
+    if (s.tokens < 0 || s.length < 0 || s.capacity % kPanel || s.length + s.tokens > s.capacity)
+      return PT_BAD_SHAPE;
+    if (s.type < PT_CACHE_F32 || s.type > PT_CACHE_I8) return PT_BAD_FORMAT;
+    tokens += s.tokens;
+  }
+  for (int64_t t = 0; t < tokens; t++)
+    if (ids[t] < 0 || ids[t] >= model->vocabulary) return PT_BAD_SHAPE;
+  for (int i = 0; i < wanted; i++)
+    if (want[i] < 0 || want[i] >= tokens) return PT_BAD_SHAPE;
+  if (tokens == 0) return PT_OK;
+  return guarded([&] {
+    Pass pass(*model, sequences, count);
+    pass.embed_all(ids);
+    for (int i = 0; i < model->blocks; i++) {
+      pass.attention(i);
+      pass.mlp(i);
+    }
+    if (wanted) pass.logits(want, wanted, logits);
+  });
+}

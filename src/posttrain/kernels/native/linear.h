@@ -1,0 +1,65 @@
+/* What linear.cpp offers to other files of this library. */
+#ifndef POSTTRAIN_LINEAR_H
+#define POSTTRAIN_LINEAR_H
+
+#include <stdint.h>
+#include <stdlib.h>
+
+#include <mutex>
+#include <new>
+
+#include "layout.h"
+#include "posttrain.h"
+#include "threads.h"
+
+/* Memory that only ever grows, for one call at a time (engine_lock). */
+class Buffer {
+ public:
+  template <class T>
+  T *get(int64_t count) {
+    int64_t bytes = (count * (int64_t)sizeof(T) + 63) / 64 * 64;
+    if (bytes > size_) {
+      free(data_);
+      data_ = aligned_alloc(64, bytes);
+      size_ = data_ ? bytes : 0;
+      if (!data_) throw std::bad_alloc();
+    }
+    return (T *)data_;
+  }
+
+ private:
+  void *data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+/* Calls f(first, last) for blocks of tokens; few tokens are one block. */
+template <class F>
+void for_token_blocks(int64_t tokens, F f) {
+  int64_t block = ceil_div(tokens, 4 * thread_count());
+  if (tokens < 8) block = tokens;
+  parallel_for(ceil_div(tokens, block), [&](int64_t item, int) {
+    int64_t first = item * block, last = first + block;
+    f(first, last < tokens ? last : tokens);
+  });
+}
+
+/* Runs a computation that needs workspace; says so where there is no memory for it. */
+template <class F>
+int32_t guarded(F compute) {
+  std::lock_guard<std::mutex> guard(engine_lock());
+  try {
+    compute();
+  } catch (const std::bad_alloc &) {
+    return PT_NO_MEMORY;
+  }
+  return PT_OK;
+}
+
+/* PT_OK if these weights can share activations that enter like `input`. */
+int32_t check_products(const pt_weight *const *weights, int count, const pt_input &input);
+
+/* pt_linear without its checks, for callers that are `guarded`; tokens > 0. */
+void multiply_all(const pt_weight *const *weights, int count, const float *x, int64_t ldx,
+                  int64_t tokens, const pt_input &input, float *const *y, const int64_t *ldy);
+
+#endif

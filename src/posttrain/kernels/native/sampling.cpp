@@ -1,0 +1,104 @@
+/* pt_sample: from logits to a token. */
+#include <math.h>
+#include <stdint.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "posttrain.h"
+
+namespace {
+
+/* The finaliser of splitmix64: every bit of the result depends on every bit of x. */
+uint64_t mixed(uint64_t x) {
+  x += 0x9e3779b97f4a7c15u;
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+  return x ^ x >> 31;
+}
+
+/* Standard Gumbel noise of a token; between -3.6 and 36.8. */
+double gumbel(uint64_t key, int32_t token) {
+  double u = ((mixed(key ^ (uint64_t)token) >> 12) + 0.5) * 0x1p-52;
+  return -log(-log(u));
+}
+
+const double kMostNoise = 37, kLeastNoise = -4;
+
+struct Candidate {
+  float logit;
+  int32_t token;
+  bool operator<(const Candidate &other) const { /* in a heap: the likeliest is the largest */
+    return logit != other.logit ? logit < other.logit : token > other.token;
+  }
+};
+
+void penalize(float *logits, int32_t vocabulary, float penalty, const int32_t *history,
+              int64_t length) {
+  std::vector<bool> seen(vocabulary);
+  for (int64_t i = 0; i < length; i++) {
+    int32_t token = history[i];
+    if (token < 0 || token >= vocabulary || seen[token]) continue;
+    seen[token] = true;
+    logits[token] = logits[token] > 0 ? logits[token] / penalty : logits[token] * penalty;
+  }
+}
+
+/* The likeliest token, the lowest of equals; -1 if any logit is NaN. */
+int32_t likeliest(const float *logits, int32_t vocabulary) {
+  int32_t best = 0;
+  bool nan = false;
+  for (int32_t i = 0; i < vocabulary; i++) {
+    nan |= logits[i] != logits[i];
+    if (logits[i] > logits[best]) best = i;
+  }
+  return nan ? -1 : best;
+}
+
+}  // namespace
+
+int32_t pt_sample(float *logits, int32_t vocabulary, const pt_sampling *sampling,
+                  const int32_t *history, int64_t length, int64_t position) {
+  const pt_sampling &s = *sampling;
+  if (s.repetition_penalty != 1) penalize(logits, vocabulary, s.repetition_penalty, history, length);
+  const int32_t best = likeliest(logits, vocabulary);
+  if (best < 0 || s.temperature == 0) return best;
+  /* In double, so that the reference in Python can do the same. */
+  const double temperature = s.temperature, top = logits[best];
+  auto weight = [&](float logit) { return exp((logit - top) / temperature); };
+  const bool whole = s.top_k <= 0 && s.top_p >= 1;
+  /* What no noise can lift to the top is left out, unless its probability counts. */
+  const float least = whole ? (float)(top - temperature * (kMostNoise - kLeastNoise)) : -INFINITY;
+  std::vector<Candidate> kept;
+  for (int32_t i = 0; i < vocabulary; i++)
+    if (logits[i] >= least && logits[i] > -INFINITY) kept.push_back({logits[i], i});
+  if (!whole) {
+    int64_t count = (int64_t)kept.size();
+    if (s.top_k > 0 && s.top_k < count) {
+      auto likelier = [](const Candidate &a, const Candidate &b) { return b < a; };
+      std::nth_element(kept.begin(), kept.begin() + s.top_k, kept.end(), likelier);
+      kept.resize(count = s.top_k);
+    }
+    if (s.top_p < 1) {
+      double total = 0, mass = 0;
+      for (auto &c : kept) total += weight(c.logit);
+      std::make_heap(kept.begin(), kept.end());
+      int64_t taken = 0; /* popped candidates gather at the end */
+      do {
+        mass += weight(kept.front().logit);
+        std::pop_heap(kept.begin(), kept.end() - taken);
+        taken++;
+      } while (taken < count && mass < s.top_p * total);
+      kept.erase(kept.begin(), kept.end() - taken);
+    }
+  }
+  const uint64_t key = mixed(mixed(s.seed) ^ (uint64_t)position);
+  double largest = -INFINITY;
+  int32_t chosen = best;
+  for (auto &c : kept) {
+    if (s.min_p > 0 && weight(c.logit) < s.min_p) continue;
+    double value = (c.logit - top) / temperature + gumbel(key, c.token);
+    if (value > largest || (value == largest && c.token < chosen)) largest = value, chosen = c.token;
+  }
+  return chosen;
+}

@@ -1,0 +1,115 @@
+"""The next token from logits: greedy, or a seeded draw that depends on nothing but its inputs.
+
+The rule, in order: logits of tokens that occurred are divided (if negative, multiplied) by
+`repetition_penalty`; all are divided by the temperature; the `top_k` likeliest stay; of these the
+fewest likeliest whose probabilities reach `top_p`; of these the ones at least `min_p` times as
+likely as the likeliest. Among those the largest of logit + noise wins, with standard Gumbel noise
+hashed from (seed, position, token): a draw from their softmax (Gumbel-max), the same whatever was
+drawn elsewhere, in whatever batch, on whatever machine. Ties go to the lower token.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from posttrain.errors import UserError
+from posttrain.kernels import library
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. temperature: 0 takes the likeliest; top_k: 0 is all."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+        if self.top_k < 0:
+            raise UserError(f"top_k must be 0 (all tokens) or more, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p must be from 0 to 1, not {self.min_p}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise UserError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+
+    def draw(self, logits: Tensor, history: Sequence[int]) -> int:
+        """The token after `history` (the text so far, prompt included), by `logits` [vocabulary].
+
+        Raises UserError for logits that are not numbers.
+        """
+        logits = logits.detach().to("cpu", torch.float32, copy=True).contiguous()
+        past = np.asarray(history, dtype=np.int32)
+        token = (self._native if library.available() else self.reference)(logits, past)
+        if token < 0:
+            raise UserError("the model gives logits that are not numbers: its weights are broken")
+        return token
+
+    def _native(self, logits: Tensor, past: npt.NDArray[np.int32]) -> int:
+        how = library.Draw(
+            self.temperature, self.top_p, self.min_p, self.repetition_penalty, self.top_k,
+            self.seed % 2**64,
+        )  # fmt: skip
+        return int(
+            library.native().pt_sample(
+                logits.data_ptr(), len(logits), ctypes.byref(how), past.ctypes.data, len(past),
+                len(past),
+            )
+        )  # fmt: skip
+
+    def reference(self, logits: Tensor, past: npt.NDArray[np.int32]) -> int:
+        """The rule in numpy: what native/sampling.cpp is held to. -1 for NaN."""
+        z = logits.numpy()
+        if self.repetition_penalty != 1:
+            seen = np.unique(past[(past >= 0) & (past < len(z))])
+            penalty = np.float32(self.repetition_penalty)
+            z[seen] = np.where(z[seen] > 0, z[seen] / penalty, z[seen] * penalty)
+        if np.isnan(z).any():
+            return -1
+        best = int(z.argmax())
+        if self.temperature == 0:
+            return best
+        temperature = float(np.float32(self.temperature))
+        scores = (z.astype(np.float64) - float(z[best])) / temperature
+        order = np.argsort(-scores, kind="stable")  # likeliest first, the lower token of equals
+        order = order[: self.top_k or None]
+        order = order[np.isfinite(scores[order])]
+        weights = np.exp(scores[order])
+        top_p = np.float32(self.top_p)
+        if top_p < 1:
+            before = np.concatenate([[0.0], np.cumsum(weights)[:-1]])
+            order = order[before < float(top_p) * weights.sum()]
+        order = order[np.exp(scores[order]) >= float(np.float32(self.min_p))]
+        values = scores[order] + gumbel(self.seed, len(past), order)
+        return int(min(order[values == values.max()]))
+
+
+def gumbel(seed: int, position: int, tokens: npt.NDArray[np.int64]) -> Floats:
+    """Standard Gumbel noise of each token at a position."""
+    start = _mixed(np.array([seed % 2**64], dtype=np.uint64))
+    key = _mixed(start ^ np.uint64(position))
+    bits = _mixed(key ^ tokens.astype(np.uint64)) >> np.uint64(12)
+    noise: Floats = -np.log(-np.log((bits.astype(np.float64) + 0.5) * 2.0**-52))
+    return noise
+
+
+def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The finaliser of splitmix64: every bit of the result depends on every bit of x."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)  # wraps
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    mixed: npt.NDArray[np.uint64] = x ^ x >> np.uint64(31)
+    return mixed

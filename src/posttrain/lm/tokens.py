@@ -1,0 +1,101 @@
+"""`.generate` on token ids, with the arguments and results of ``transformers``."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.errors import UserError
+from posttrain.kernels import Sampling
+from posttrain.lm.engine import AT_ONCE, TorchEngine, continuations, engine
+
+# Options of transformers' generate that mean the same here; with any other it runs itself.
+KNOWN = {
+    "input_ids", "attention_mask", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p",
+    "min_p", "repetition_penalty", "eos_token_id", "pad_token_id", "use_cache", "seed",
+}  # fmt: skip
+
+
+def is_text(inputs: Any) -> bool:
+    """Whether `inputs` are prompts rather than token ids."""
+    if isinstance(inputs, Sequence) and not isinstance(inputs, str) and len(inputs):
+        return is_text(inputs[0]) or isinstance(inputs[0], Mapping)
+    return isinstance(inputs, str)
+
+
+def generate_tokens(model: Any, inputs: Any, options: dict[str, Any]) -> Any:
+    """Token ids [batch, prompt + new], as ``transformers`` returns them for the same call."""
+    if inputs is not None:
+        options = {"input_ids": inputs, **options}
+    ids = options.get("input_ids")
+    runner = engine(model)
+    if not isinstance(ids, Tensor) or set(options) - KNOWN or isinstance(runner, TorchEngine):
+        return type(model).generate(model, **options)
+    settled = _settled(model, options)
+    if settled is None:
+        return type(model).generate(model, **options)
+    prompts = _prompts(ids, options.get("attention_mask"))
+    new = _continue(runner, prompts, settled)
+    width = max(len(part) for part in new)
+    pad = settled["pad_token_id"]
+    rows = [torch.tensor(part + [pad] * (width - len(part))) for part in new]
+    return torch.cat([ids.reshape(len(new), -1), torch.stack(rows).to(ids.dtype)], dim=1)
+
+
+def _settled(model: Any, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """All options with the model's own defaults, or None where those ask for something else."""
+    config = model.generation_config.to_dict()
+    plain = {"num_beams": 1, "num_return_sequences": 1, "penalty_alpha": None, "typical_p": 1.0}
+    for name, usual in plain.items():
+        if config.get(name) not in (None, usual):
+            return None
+
+    def option(name: str, default: Any) -> Any:
+        for source in (options, config):
+            if source.get(name) is not None:
+                return source[name]
+        return default
+
+    if options.get("max_new_tokens") is None:
+        return None  # max_length and its warnings are transformers' own
+    sampled = option("do_sample", False)
+    eos = option("eos_token_id", [])
+    stops = frozenset(eos if isinstance(eos, list) else [eos])
+    return {
+        "sampling": {
+            "temperature": option("temperature", 1.0) if sampled else 0.0,
+            "top_k": option("top_k", 50) if sampled else 0,
+            "top_p": option("top_p", 1.0) if sampled else 1.0,
+            "min_p": option("min_p", 0.0) if sampled else 0.0,
+            "repetition_penalty": option("repetition_penalty", 1.0),
+        },
+        # Like transformers, whose draws follow torch.manual_seed.
+        "seed": options.get("seed", int(torch.randint(2**62, ())) if sampled else 0),
+        "stops": stops,
+        "pad_token_id": option("pad_token_id", min(stops, default=0)),
+        "max_new_tokens": options["max_new_tokens"],
+    }
+
+
+def _prompts(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+    rows = ids.reshape(-1, ids.shape[-1])
+    if mask is None:
+        mask = torch.ones_like(rows)
+    mask = mask.reshape(rows.shape).bool()
+    prompts = [row[keep].tolist() for row, keep in zip(rows, mask, strict=True)]
+    if not all(prompts):
+        raise UserError("a prompt has no tokens: nothing to continue")
+    return prompts
+
+
+def _continue(runner: Any, prompts: list[list[int]], how: dict[str, Any]) -> list[list[int]]:
+    samplings = [Sampling(**how["sampling"], seed=how["seed"] + i) for i in range(len(prompts))]
+    new: list[list[int]] = [[] for _ in prompts]
+    for index, token, stop in continuations(
+        runner, prompts, samplings, AT_ONCE, how["max_new_tokens"]
+    ):
+        new[index].append(token)
+        if token in how["stops"] or len(new[index]) == how["max_new_tokens"]:
+            stop()
+    return new

@@ -1,0 +1,331 @@
+"""Laws of the native decoder: it says what transformers says, and the same to the bit however the
+work is cut: step by step or at once, alone or beside others, on any instruction set and threads."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import posttrain
+from posttrain import kernels
+from posttrain.errors import UserError
+from posttrain.lm.engine import NativeEngine, TorchEngine, engine
+from posttrain.models.decoding import MODEL_TYPES, decoder, no_decoder
+from posttrain.models.linear import QuantLinear
+from posttrain.models.plan import LayerPlan
+from posttrain.numbers import quantize, spec
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.find().reason)
+
+SMALL = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 4,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12, "initializer_range": 0.2,
+    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+ROPES = {
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "longrope": {
+        "rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [1.5] * 6,
+        "factor": 2.0, "original_max_position_embeddings": 20,
+    },
+}  # fmt: skip
+CASES = {
+    "llama": ("Llama", {}),
+    "llama, biases, one head": (
+        "Llama",
+        {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 6, "head_dim": 20},
+    ),
+    "llama, tied, gelu": ("Llama", {"tie_word_embeddings": True, "hidden_act": "gelu"}),
+    "llama, wide heads": ("Llama", {"head_dim": 64, "num_attention_heads": 3, "num_key_value_heads": 1}),
+    "mistral": ("Mistral", {"sliding_window": 7}),
+    "mistral, no window": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2, windows": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
+    ),
+    "qwen3": ("Qwen3", {}),
+    "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2}),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.0,
+            "attention_multiplier": 0.2,
+        },
+    ),
+    "gemma": ("Gemma", {}),
+    "gemma2": ("Gemma2", {"sliding_window": 6, "query_pre_attn_scalar": 12}),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "sliding_window": 6, "query_pre_attn_scalar": 12,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "gemma3, windows only": ("Gemma3Text", {"sliding_window": 6}),
+} | {
+    f"llama, {name}": ("Llama", {"rope_parameters": {"rope_theta": 10000.0} | rope})
+    for name, rope in ROPES.items()
+}  # fmt: skip
+
+
+def build(case, seed=0):
+    family, options = CASES[case]
+    config = getattr(transformers, f"{family}Config")(**(SMALL | options))
+    model_class = family.replace("Gemma3Text", "Gemma3") + "ForCausalLM"
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, model_class)(config).eval()
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):  # all ones and zeros would hide mistakes
+                nn.init.normal_(parameter, 0.5, 0.3)
+    return model.requires_grad_(False)
+
+
+def tokens(count, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 97, (count,), generator=generator).tolist()
+
+
+def expected(model, ids):
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+
+
+def close(found, reference, share=2e-5):
+    """Within a share of the largest logit: float32 rounding in another order of sums."""
+    assert found.shape == reference.shape
+    worst = (found - reference).abs().max() / reference.abs().max()
+    assert worst <= share, worst.item()
+
+
+def test_every_supported_architecture_has_a_case():
+    assert {build(case).config.model_type for case in CASES} == set(MODEL_TYPES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_transformers(case):
+    model = build(case)
+    native = decoder(model)
+    for count in (1, 5, 40, 61):
+        ids = tokens(count)
+        got = native.forward([(native.memory(cache="fp32"), ids)], keep=None)
+        close(got, expected(model, ids))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_generation_is_that_of_transformers(case):
+    """Through both caches; beyond the length a dynamic scaling was made for."""
+    model = build(case)
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([tokens(14)])
+    options = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+    theirs = model.generate(ids, **options)
+    runner = engine(model)
+    session, said = runner.session(cache="fp32"), ids[0].tolist()
+    fed = said
+    for _ in range(30):
+        fed = [int(runner.forward([(session, fed)])[0].argmax())]
+        said = said + fed
+    assert said == theirs[0].tolist()
+
+
+@pytest.mark.parametrize("cache, share", [("fp16", 2e-3), ("bf16", 2e-2), ("int8", 6e-2)])
+@pytest.mark.parametrize("case", ["llama", "gemma2", "qwen3", "llama, wide heads"])
+def test_a_smaller_cache_costs_what_its_format_costs(case, cache, share):
+    model = build(case)
+    native = decoder(model)
+    ids = tokens(50)
+    memory = native.memory(cache=cache)
+    close(native.forward([(memory, ids)], keep=None), expected(model, ids), share)
+    full = native.memory(cache="fp32")
+    native.forward([(full, ids)])
+    assert memory.nbytes < 0.6 * full.nbytes or cache == "int8"
+
+
+WEIGHTS = ("int8 | fp16/row", "int6 | fp16/g16", "int4 | fp16/g16", "nf4 | fp16/g16", "mxfp4")
+
+
+def quantized(weight, inputs, case="llama", rotate=False):
+    model = build(case)
+    layer = LayerPlan(weight=spec(weight), input=inputs and spec(inputs), rotate=rotate)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            new = QuantLinear.from_qtensor(
+                quantize(module.weight, layer.weight), layer, module.bias
+            )
+            model.set_submodule(name, new)
+    return model
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("case", ["llama", "llama, biases, one head"])
+def test_quantized_weights_give_the_logits_of_their_values(weight, case):
+    model = quantized(weight, None, case)
+    ids = tokens(40)
+    reference = expected(model, ids)
+    native = decoder(model)
+    close(native.forward([(native.memory(cache="fp32"), ids)], keep=None), reference)
+    close(expected(model, ids), reference, 0)  # the model itself is as before
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("inputs", ["int8h | fp32/row", "int8h | fp16/g16"])
+def test_quantized_activations_differ_less_than_they_cost(inputs, rotate):
+    """A code that falls on the other side of a tie changes all after it, so the two computations
+    part; they must stay nearer to each other than quantized activations are to exact ones."""
+    exact = quantized("int6 | fp16/g16", None, rotate=rotate)
+    model = quantized("int6 | fp16/g16", inputs, rotate=rotate)
+    ids = tokens(60)
+    reference = expected(model, ids)
+    cost = (expected(exact, ids) - reference).square().mean().sqrt()
+    native = decoder(model)
+    got = native.forward([(native.memory(cache="fp32"), ids)], keep=None)
+    assert (got - reference).square().mean().sqrt() < 0.7 * cost
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """A model with quantized activations: where a different order would show at once."""
+    return decoder(quantized("int4 | fp16/g16", "int8h | fp32/row", "llama, wide heads"))
+
+
+@pytest.fixture
+def default_kernels():
+    yield
+    kernels.use("")
+    kernels.set_threads(0)
+
+
+@pytest.mark.parametrize("cache", ["fp32", "fp16", "bf16", "int8"])
+def test_all_at_once_is_step_by_step_and_side_by_side(mixed, cache):
+    texts = [tokens(n, seed=n) for n in (1, 3, 17, 33, 50)]
+    alone = [mixed.forward([(mixed.memory(16, cache), text)], keep=None) for text in texts]
+    steps = []
+    for text in texts:
+        memory = mixed.memory(16, cache)
+        parts = [text[:2], *([token] for token in text[2:])]
+        steps.append(torch.cat([mixed.forward([(memory, p)], keep=None) for p in parts if p]))
+    together = mixed.forward([(mixed.memory(16, cache), text) for text in texts], keep=None)
+    assert torch.equal(torch.cat(alone), together)
+    assert torch.equal(torch.cat(steps), together)
+
+
+def test_long_texts_come_in_chunks(mixed, monkeypatch):
+    text = tokens(60)
+    whole = mixed.forward([(mixed.memory(), text)], keep=None)
+    monkeypatch.setattr("posttrain.kernels.decoder.CHUNK", 7)
+    for keep in (0, 1, 9, None):
+        got = mixed.forward([(mixed.memory(), text), (mixed.memory(), text[:5])], keep=keep)
+        rows = [whole[60 - min(60, keep or 0) if keep is not None else 0 :]]
+        rows += [whole[:5][5 - min(5, keep) if keep is not None else 0 :]]
+        assert torch.equal(got, torch.cat(rows))
+
+
+def test_instruction_sets_and_threads_agree_to_the_bit(mixed, default_kernels):
+    text = tokens(33)
+    for cache in ("fp32", "fp16", "bf16", "int8"):
+        found = []
+        for isa in kernels.isas():
+            for threads in (1, 2, 3):
+                kernels.use(isa)
+                kernels.set_threads(threads)
+                found.append(mixed.forward([(mixed.memory(cache=cache), text)], keep=None))
+        assert all(torch.equal(found[0], other) for other in found[1:]), cache
+
+
+def test_a_memory_goes_back_and_forgets(mixed):
+    text = tokens(30)
+    memory = mixed.memory()
+    first = mixed.forward([(memory, text)], keep=None)
+    memory.forget(11)
+    assert torch.equal(mixed.forward([(memory, text[11:])], keep=None), first[11:])
+    with pytest.raises(UserError, match="go back"):
+        memory.forget(31)
+
+
+@pytest.mark.parametrize(
+    "feeds, message",
+    [
+        (lambda d, m: [(m, [])], "no tokens"),
+        (lambda d, m: [(m, [97])], "from 0 to 96; found 97"),
+        (lambda d, m: [(m, [-1])], "found -1"),
+        (lambda d, m: [(m, [1]), (m, [2])], "fed once"),
+        (lambda d, m: [(decoder(build("llama")).memory(), [1])], "another decoder"),
+    ],
+)
+def test_what_cannot_be_fed_is_refused(mixed, feeds, message):
+    with pytest.raises(UserError, match=message):
+        mixed.forward(feeds(mixed, mixed.memory()))
+    with pytest.raises(UserError, match="cache='int3'"):
+        mixed.memory(cache="int3")
+
+
+def test_models_it_does_not_know_run_in_pytorch():
+    config = transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=2)
+    gpt2 = transformers.GPT2LMHeadModel(config).eval()
+    assert "gpt2 is not among" in no_decoder(gpt2)
+    runner = engine(gpt2)
+    assert isinstance(runner, TorchEngine)
+    ids = tokens(9)
+    session = runner.session()
+    got = torch.cat(
+        [runner.forward([(session, ids[:4])], None), runner.forward([(session, ids[4:])], None)]
+    )
+    close(got, expected(gpt2, ids))
+
+
+def test_an_engine_follows_its_model():
+    model = build("llama")
+    first = engine(model)
+    assert isinstance(first, NativeEngine)
+    assert engine(model) is first
+    model.model.layers[1].mlp.up_proj.weight.data *= 2
+    model.model.norm.weight.mul_(1.5)
+    changed = engine(model)
+    ids = tokens(9)
+    close(changed.forward([(changed.session(cache="fp32"), ids)], None), expected(model, ids))
+    hook = model.model.layers[0].register_forward_hook(lambda *_: None)
+    assert isinstance(engine(model), TorchEngine)
+    hook.remove()
+    assert isinstance(engine(model), NativeEngine)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return posttrain.load("demo", dtype="float32")
+
+
+def test_demo_says_what_it_says_in_transformers(demo):
+    ids = demo.tokenizer("The river Seine flows through Paris, and the city grew from an island.")
+    runner = engine(demo)
+    assert runner.name == kernels.isa()
+    got = runner.forward([(runner.session(cache="fp32"), ids["input_ids"])], keep=None)
+    close(got, expected(demo, ids["input_ids"]))
+
+
+def test_generate_takes_text_messages_and_token_ids(demo):
+    text = "The capital of France is"
+    inputs = demo.tokenizer([text, "Once upon a time there"], return_tensors="pt", padding=True)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    ours = demo.generate(**inputs, **options)
+    assert torch.equal(ours, type(demo).generate(demo, **inputs, **options))
+    said = demo.generate(text, max_new_tokens=12)
+    assert isinstance(said, str) and "Paris" in said
+    assert demo.generate([text, text], max_new_tokens=12) == [said, said]
+    answer = demo.generate([{"role": "user", "content": "What is 2+2?"}], max_new_tokens=8)
+    assert isinstance(answer, str) and answer
+    torch.manual_seed(3)
+    drawn = demo.generate(inputs["input_ids"][:1], do_sample=True, max_new_tokens=5)
+    torch.manual_seed(3)
+    assert torch.equal(
+        drawn, demo.generate(inputs["input_ids"][:1], do_sample=True, max_new_tokens=5)
+    )
+    beams = demo.generate(inputs["input_ids"][:1], num_beams=2, max_new_tokens=4, do_sample=False)
+    assert beams.shape == (1, inputs["input_ids"].shape[1] + 4)  # transformers' own loop
