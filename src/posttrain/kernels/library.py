@@ -121,6 +121,7 @@ _SIGNATURES = {
     "pt_scale_count": (_i64, [_i32, _i32, _i32]),
     "pt_pack_codes": (_i32, [_pointer, _i32, _i32, _i32, _pointer]),
     "pt_unpack_codes": (_i32, [_pointer, _i32, _i32, _i32, _pointer]),
+    "pt_unpack_rows": (_i32, [_pointer, _i32, _i32, _i32, _pointer, _i64, _pointer]),
     "pt_pack_floats": (_i32, [_pointer, _i32, _i32, _i32, _pointer]),
     "pt_pack_scales": (_i32, [_pointer, _i32, _i32, _i32, _pointer]),
     "pt_linear": (_i32, [_weights, _i32, _pointer, _i64, _i64, _input, _pointers, _lengths]),

@@ -163,6 +163,18 @@ class PackedWeight:
         library.check(status, f"a weight {[rows, cols]}")
         return codes
 
+    def code_rows(self, index: Tensor) -> Tensor:
+        """Rows of `codes`: unsigned bytes [len(index), cols]."""
+        rows, cols = self.shape
+        wanted = index.to(torch.int64).contiguous()
+        codes = torch.empty(len(wanted), cols, dtype=torch.uint8)
+        status = library.native().pt_unpack_rows(
+            self.struct.codes, rows, cols, self.struct.bits, wanted.data_ptr(), len(wanted),
+            codes.data_ptr(),
+        )  # fmt: skip
+        library.check(status, f"rows of a weight {[rows, cols]}")
+        return codes
+
     def _keep(self, name: str, tensor: Tensor) -> None:
         self.tensors[name] = tensor
         setattr(self.struct, name, tensor.data_ptr())

@@ -25,7 +25,7 @@ from posttrain.models import compressed_tensors, native
 from posttrain.models.base import Source
 from posttrain.models.plan import LayerPlan, shorten
 from posttrain.models.shards import read_header
-from posttrain.models.walk import skeleton
+from posttrain.models.walk import skeleton, tied_head
 from posttrain.numbers import QTensor
 
 MARKER = "posttrain-unfinished.json"
@@ -89,6 +89,8 @@ class CheckpointWriter:
         self.shapes = dict(shapes)
         self.n_shards = n_shards
         self._model = skeleton(source.config)
+        tied = tied_head(self._model)
+        self._tied = tied if tied is not None and tied[0] in self.layers else None
         self.format = self._choose_format()
         self._store: Callable[..., dict[str, torch.Tensor]] = _SCHEMAS[self.format.name].store
         if self.out_dir.resolve() == Path(source.path).resolve():
@@ -161,10 +163,14 @@ class CheckpointWriter:
         config["architectures"] = [type(self._model).__name__]
         schema = _SCHEMAS[self.format.name]
         config["quantization_config"] = schema.config(self.layers, self.shapes, self._model)
+        if self._tied is not None:  # no longer two names of one parameter
+            config["tie_word_embeddings"] = False
         return config
 
     def _choose_format(self) -> Format:
         found = choose_format(self.layers, self.shapes)
+        if self._tied is not None:
+            return Format("posttrain", f"{self._tied[0]} is quantized and tied with the embedding")
         rebuilt = compressed_tensors.rebuilt_by_its_reader(self._model)
         if found.name == compressed_tensors.METHOD and rebuilt:
             return Format("posttrain", f"the reader of compressed-tensors rebuilds {rebuilt[0]}")

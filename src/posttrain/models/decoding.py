@@ -15,7 +15,7 @@ from posttrain import kernels
 from posttrain.errors import UserError
 from posttrain.kernels import BlockWeights, Decoder, Dimensions, InputFormat, PackedLinear
 from posttrain.kernels.packed import PackedWeight
-from posttrain.models.linear import QuantLinear
+from posttrain.models.linear import QuantLinear, TiedEmbedding
 from posttrain.models.walk import decoder_blocks
 
 # Blocks of a residual stream with RMS norms, rotary embeddings in halves, grouped queries and a
@@ -61,7 +61,7 @@ def _unfit(module: nn.Module, architecture: str) -> str | None:
     home = type(module).__module__
     known = home == architecture and home.startswith("transformers.models.")
     known |= home.startswith(("torch.nn.modules.", "transformers.activations"))
-    if not known and type(module) is not QuantLinear:
+    if not known and type(module) not in (QuantLinear, TiedEmbedding):
         return f"a {home}.{type(module).__name__} is not a part of this architecture"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has forward hooks"
@@ -92,9 +92,12 @@ def decoder(model: Any) -> Decoder:
     linears: dict[int, PackedWeight] = {}  # by address: tied weights are one
     blocks = [_block(block, config, gemma, linears) for _, block in decoder_blocks(model)]
     angles = _Angles(base.rotary_emb, {block.rope for block in blocks})
-    table = base.embed_tokens.weight
     head = _linear(model.lm_head, linears)
-    embedding = linears.setdefault(table.data_ptr(), PackedWeight.in_place(table))
+    if isinstance(base.embed_tokens, TiedEmbedding):
+        embedding = base.embed_tokens.head.kernel().weight
+    else:
+        table = base.embed_tokens.weight
+        embedding = linears.setdefault(table.data_ptr(), PackedWeight.in_place(table))
     return Decoder(
         _dimensions(model, angles.rotary, gemma),
         blocks,

@@ -32,8 +32,7 @@ class PosttrainQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         where = f"{getattr(model.config, '_name_or_path', '') or 'config.json'}"
-        layers = native.read_config(self.quantization_config.to_dict(), where)
-        install(model, layers, where)
+        install(model, self.quantization_config.to_dict(), where)
         return model
 
     def is_serializable(self) -> bool:

@@ -139,11 +139,33 @@ class QuantLinear(nn.Module):
         """The buffers, with the codes back in their stored layout where a kernel has them."""
         stored = dict(self._buffers)
         if self._kernel is not None:
-            codes = self._kernel.weight.codes()
-            if self.weight_spec.grid.code_dtype == torch.int8:
-                codes = (codes - self._kernel.weight.struct.zero).view(torch.int8)
+            codes = self._signed(self._kernel.weight.codes())
             stored[_CODES] = native.pack_codes(codes, self.weight_spec)
         return stored
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows [len(index), in] of `weight`, without expanding the others where that can be."""
+        spec = self.weight_spec
+        if self._dense is not None or not spec.by_rows:
+            return self.weight[index]
+        stored = {
+            name: None if tensor is None or tensor.numel() == 0 else tensor[index]
+            for name, tensor in self._buffers.items()
+        }
+        if self._kernel is not None:
+            stored[_CODES] = native.pack_codes(
+                self._signed(self._kernel.weight.code_rows(index)), spec
+            )
+        shape = (len(index), self.in_features)
+        return native.unpack_qtensor("weight", stored, spec, shape).dequantize(self.dtype)
+
+    def _signed(self, codes: Tensor) -> Tensor:
+        """Codes of the kernel as the grid has them."""
+        assert self._kernel is not None
+        if self.weight_spec.grid.code_dtype != torch.int8:
+            return codes
+        signed: Tensor = (codes - self._kernel.weight.struct.zero).view(torch.int8)
+        return signed
 
     @property
     def weight(self) -> Tensor:
@@ -280,6 +302,35 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"weight={str(self.weight_spec)!r}, input={str(self.layer.input or '')!r}, "
             f"rotate={self.layer.rotate}, bias={self.bias is not None}, {self._resident}"
+        )
+
+
+class TiedEmbedding(nn.Module):
+    """An input embedding [vocabulary, width] whose rows are those of a quantized output head."""
+
+    def __init__(self, head: QuantLinear) -> None:
+        super().__init__()
+        self._held = [head]  # in a list: the head is its parent's child, and stored there
+
+    @property
+    def head(self) -> QuantLinear:
+        return self._held[0]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.head.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head.rows(ids.reshape(-1)).reshape(*ids.shape, -1)
+
+
+def require_plain_embedding(model: nn.Module, name: str) -> None:
+    """UserError unless this embedding only looks rows up: then TiedEmbedding can replace it."""
+    embedding = model.get_submodule(name)
+    if type(embedding) is not nn.Embedding:
+        raise UserError(
+            f"{name} is a {type(embedding).__name__}, so the output head that is tied with it "
+            "cannot be quantized; list the head under 'ignore'"
         )
 
 

@@ -21,7 +21,12 @@ from posttrain.errors import UserError, did_you_mean
 from posttrain.models import compressed_reader, compressed_tensors, experts, native
 from posttrain.models.base import Source
 from posttrain.models.checkpoint import check_finished
-from posttrain.models.linear import QuantLinear, check_resident
+from posttrain.models.linear import (
+    QuantLinear,
+    TiedEmbedding,
+    check_resident,
+    require_plain_embedding,
+)
 from posttrain.models.plan import LayerPlan, shorten
 from posttrain.models.source import open_source
 from posttrain.models.walk import Target, assign, decoder_blocks, quantizable, skeleton
@@ -96,8 +101,7 @@ def _dispatch(source: Source, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         return _load_plain(source, dtype), {"format": "none", "implementation": "torch"}
     method = str(config.get("quant_method"))
     if method == native.METHOD:
-        layers = native.read_config(config, f"{source.path}/config.json")
-        model = _load_native(source, layers, dtype)
+        model = _load_native(source, config, dtype)
     elif method == compressed_tensors.METHOD:
         try:
             reader = compressed_reader.Reader(config, f"{source.path}/config.json")
@@ -141,8 +145,17 @@ def _finished(model: Any, source: Source) -> Any:
 # ------------------------------------------------------------------------------ our own format
 
 
-def install(model: nn.Module, layers: Mapping[str, LayerPlan], where: str) -> None:
-    """Replace every layer named in `layers` by an empty quantized one, on the meta device."""
+def install(model: nn.Module, config: Mapping[str, Any], where: str) -> None:
+    """Replace every layer that a `quantization_config` of our format names by an empty quantized
+    one, on the meta device."""
+    layers = native.read_config(config, where)
+    _install_layers(model, layers, where)
+    for embedding, head in native.read_tied(config, layers, where).items():
+        require_plain_embedding(model, embedding)
+        model.set_submodule(embedding, TiedEmbedding(model.get_submodule(head)))  # type: ignore[arg-type]
+
+
+def _install_layers(model: nn.Module, layers: Mapping[str, LayerPlan], where: str) -> None:
     targets = _expert_targets(model, layers, where)
     for name, layer in layers.items():
         parent_name, _, leaf = name.rpartition(".")
@@ -184,9 +197,9 @@ def _submodule(model: nn.Module, path: str, name: str, where: str) -> nn.Module:
         raise UserError(f"{where}: {name} is quantized, but the model has no such layer") from None
 
 
-def _load_native(source: Source, layers: Mapping[str, LayerPlan], dtype: torch.dtype) -> Any:
+def _load_native(source: Source, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     model = _skeleton(source, dtype)
-    install(model, layers, f"{source.path}/config.json")
+    install(model, config, f"{source.path}/config.json")
     _check_names(model, source)
     for names in _units(model, source.tensor_names()):
         tensors = source.read(names)

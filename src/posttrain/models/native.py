@@ -5,6 +5,9 @@ config.json holds `quantization_config`:
     {"quant_method": "posttrain", "version": 1, "layout": "bitstream.v1",
      "groups": [{"weight": "nf4 | fp32/flat64", "input": null, "modules": ["model.layers.0..."]}]}
 
+Where the output head is quantized and tied with the input embedding, it is stored once, as the head,
+and `"tied": {"<embedding>": "<head>"}` names the module that takes its rows from it.
+
 A group whose inputs are rotated also has `"rotate": "hadamard.v1"` (see `rotation`), and its weights
 are stored rotated.
 
@@ -27,13 +30,14 @@ from torch import Tensor, nn
 
 from posttrain.errors import UserError, did_you_mean
 from posttrain.models.plan import LayerPlan
+from posttrain.models.walk import tied_head
 from posttrain.numbers import QTensor, Scales, Spec, pack, packed_bytes, unpack
 
 METHOD = "posttrain"
 VERSION = 1
 LAYOUT = "bitstream.v1"
 CODES_SUFFIX = "_codes"
-CONFIG_KEYS = ("quant_method", "version", "layout", "groups")
+CONFIG_KEYS = ("quant_method", "version", "layout", "groups", "tied")
 GROUP_KEYS = ("weight", "input", "modules", "rotate")
 ROTATION = "hadamard.v1"
 
@@ -169,7 +173,7 @@ def quantization_config(
     for name, layer in layers.items():
         inputs = None if layer.input is None else str(layer.input)
         groups.setdefault((str(layer.weight), inputs, layer.rotate), []).append(name)
-    return {
+    found = {
         "quant_method": METHOD,
         "version": VERSION,
         "layout": LAYOUT,
@@ -179,6 +183,24 @@ def quantization_config(
             for (weight, inputs, rotate), names in groups.items()
         ],
     }
+    tied = tied_head(model)
+    if tied is not None and tied[0] in layers:
+        head, embedding = tied
+        found["tied"] = {embedding: head}
+    return found
+
+
+def read_tied(
+    config: Mapping[str, Any], layers: Mapping[str, LayerPlan], where: str
+) -> dict[str, str]:
+    """Embedding -> quantized head whose rows it takes."""
+    tied = config.get("tied") or {}
+    if not isinstance(tied, Mapping) or not all(head in layers for head in tied.values()):
+        raise UserError(
+            f"{where}: quantization_config: 'tied' must map embeddings to quantized layers; found "
+            f"{tied!r}"
+        )
+    return dict(tied)
 
 
 def read_config(config: Mapping[str, Any], where: str) -> dict[str, LayerPlan]:

@@ -115,6 +115,11 @@ class Plan:
         """Whether `ignore` lists this layer."""
         return any(fnmatchcase(name, glob) for glob in self.ignore)
 
+    def names(self, name: str) -> bool:
+        """Whether a rule other than "*" matches this layer, and `ignore` does not."""
+        asked = any(rule.match != "*" and fnmatchcase(name, rule.match) for rule in self.rules)
+        return asked and not self.ignores(name)
+
     def idle_patterns(self, names: Iterable[str]) -> list[str]:
         """Patterns of rules and of `ignore` that match none of `names`: often a typing mistake."""
         listed = list(names)

@@ -232,6 +232,15 @@ def _experts_target(full: str, name: str, module: nn.Module, transposed: bool) -
     return Target("experts", tuple(getattr(module, name).shape), parameters, transposed)
 
 
+def tied_head(model: Any) -> tuple[str, str] | None:
+    """(output head, input embedding) by name where they share one weight, else None."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if not isinstance(head, nn.Linear) or head.weight is not getattr(embedding, "weight", None):
+        return None
+    names = {id(module): name for name, module in model.named_modules()}
+    return names[id(head)], names[id(embedding)]
+
+
 # -------------------------------------------------------------------------------- fusion groups
 
 

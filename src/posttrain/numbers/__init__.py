@@ -13,6 +13,7 @@ from posttrain.numbers.partition import Partition
 from posttrain.numbers.presets import PRESETS
 from posttrain.numbers.qtensor import (
     QTensor,
+    concatenated,
     decode_scaled,
     encode_scaled,
     fake_quantize,
@@ -35,6 +36,7 @@ __all__ = [
     "Scales",
     "Spec",
     "clip_fraction",
+    "concatenated",
     "crest_factor",
     "decode_scaled",
     "dynamic_range",

@@ -10,15 +10,20 @@ from posttrain.numbers.partition import Partition, blocked, matrix_shape
 from posttrain.numbers.scales import Scales, fit_scales
 from posttrain.numbers.spec import Spec
 
+_AT_ONCE = 1 << 22  # elements in double precision at a time
+
 
 def qsnr(x: Tensor, xhat: Tensor) -> float:
     """Signal to quantization noise, -10 log10(|x - x^|^2 / |x|^2), in dB.
 
     inf when nothing was lost (also for an empty or zero tensor that stayed so), NaN with NaN.
     """
-    reference = x.double()
-    noise = (reference - xhat.double()).square().sum().item()
-    signal = reference.square().sum().item()
+    noise = signal = 0.0
+    exact, found = x.reshape(-1), xhat.reshape(-1)
+    for start in range(0, len(exact), _AT_ONCE):
+        reference = exact[start : start + _AT_ONCE].double()
+        noise += (reference - found[start : start + _AT_ONCE].double()).square().sum().item()
+        signal += reference.square().sum().item()
     if noise == 0:
         return math.inf
     return 10.0 * math.log10(signal / noise) if signal > 0 else -math.inf

@@ -7,6 +7,7 @@ All arithmetic is float32 with true division, whatever the dtype of `x`, and ele
 by the scale as *stored*, so that encoder and decoder agree.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,6 +45,13 @@ class QTensor:
         """The same tensor with `offset` added to every decoded element."""
         return replace(self, offset=offset)
 
+    def rows(self, index: Tensor) -> "QTensor":
+        """Rows of a matrix whose Spec is `by_rows`."""
+        stored = tuple(_tensor(factor)[index] for factor in self.scales.stored)
+        zero_point = self.scales.zero_point
+        picked = None if zero_point is None else zero_point[index]
+        return replace(self, codes=self.codes[index], scales=Scales(self.spec, stored, picked))
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values the codes stand for, computed in float32, then cast to `dtype`."""
         matrix = self.spec.matrix(self.shape)
@@ -54,6 +62,22 @@ class QTensor:
         if self.offset is not None:
             values += self.offset
         return values.to(dtype)
+
+
+def concatenated(parts: Iterable[QTensor]) -> QTensor:
+    """Matrices of one `by_rows` Spec below each other."""
+    found = list(parts)
+    factors = zip(*(part.scales.stored for part in found), strict=True)
+    stored = tuple(torch.cat([_tensor(part) for part in factor]) for factor in factors)
+    zeros = [part.scales.zero_point for part in found]
+    zero_point = None if zeros[0] is None else torch.cat([_tensor(zero) for zero in zeros])
+    scales = Scales(found[0].spec, stored, zero_point)
+    return QTensor(torch.cat([part.codes for part in found]), scales, found[0].spec)
+
+
+def _tensor(stored: object) -> Tensor:
+    assert isinstance(stored, Tensor)  # what `by_rows` promises
+    return stored
 
 
 def quantize(

@@ -146,6 +146,15 @@ class Spec:
         finer, block = self.factors[index - 1], self.factors[index].partition
         return finer.nested is None and finer.grid.kind == "float" and str(block) == "tensor"
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether every row of a matrix has scales of its own: rows can be taken out and put
+        together."""
+        return all(
+            factor.partition.rows == 1 and not factor.partition.flat and factor.nested is None
+            for factor in self.factors
+        )
+
     def matrix(self, shape: Sequence[int]) -> tuple[int, int]:
         """The [rows, K] a tensor of `shape` is partitioned as."""
         return matrix_shape(tuple(shape), self.flat)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from posttrain import __version__
 from posttrain.data.text import load_text, token_windows
 from posttrain.errors import UserError
 from posttrain.models.checkpoint import CheckpointWriter
-from posttrain.models.plan import LayerPlan
+from posttrain.models.linear import require_plain_embedding
+from posttrain.models.plan import LayerPlan, Plan
 from posttrain.models.source import Source, open_source, require_unquantized
-from posttrain.models.walk import Target, quantizable
+from posttrain.models.walk import Target, quantizable, tied_head
 from posttrain.numbers import Spec
 from posttrain.quantize.memory import GIB, Demand
 from posttrain.quantize.recipe import Calibration, QuantRecipe
@@ -76,7 +77,7 @@ def prepare(
     require_unquantized(source)
     stream = BlockStream(source)
     targets = {name: quantizable(name, block) for name, block in stream.blocks}
-    targets[""] = _outside_targets(stream)
+    targets[""] = _outside_targets(stream, settings.plan)
     flat = {name: target for group in targets.values() for name, target in group.items()}
     layers = settings.plan.resolve(flat)
     for pattern in settings.plan.idle_patterns(flat):
@@ -103,8 +104,15 @@ def prepare(
     )
 
 
-def _outside_targets(stream: BlockStream) -> dict[str, Target]:
-    """Linears with a weight of their own outside the blocks: an untied output head."""
+def _outside_targets(stream: BlockStream, plan: Plan) -> dict[str, Target]:
+    """Linears outside the blocks: an output head. One that is tied with the embedding changes what
+    tokens enter as, so it stays as it is unless the plan names it."""
+    tied = tied_head(stream.model)
+    if tied is not None and plan.names(tied[0]):
+        head, embedding = tied
+        require_plain_embedding(stream.model, embedding)
+        (target,) = quantizable(head, stream.model.get_submodule(head)).values()
+        return {head: replace(target, parameters={"weight": f"{embedding}.weight"})}
     inside = tuple(f"{name}." for name, _ in stream.blocks)
     found: dict[str, Target] = {}
     for name, module in stream.model.named_modules():
@@ -163,6 +171,8 @@ def _fingerprint(source: Source, settings: QuantRecipe, seed: int, windows: torc
 # dequantized copy and its error for rounding; the working copy, steps and codes for GPTQ.
 SOLVE_BYTES = {"rtn": 16, "mse": 28, "gptq": 40}
 ROTATED_BYTES = 4  # and of the rotated weight
+HEAD_PART = 1 << 23  # weights of an output head that are solved at a time
+HEAD_BYTES = 6  # of a head's weight in float32 and its codes
 # Freed memory that the C library keeps for reuse, as measured: factorisations leave holes.
 RTN_KEEPS, CALIBRATED_KEEPS = 32 << 20, 128 << 20
 
@@ -173,9 +183,11 @@ def demand(job: Job) -> Demand:
     blocks = [job.stream.tensors(name) for name, _ in job.stream.blocks]
     flat = {name: target for group in job.targets.values() for name, target in group.items()}
     planned = {name: math.prod(flat[name].shape) for name in job.layers}
-    linears = [flat[name].shape for name in job.layers if flat[name].kind == "linear"]
+    inside = [name for name in job.layers if name not in job.targets[""]]
+    linears = [flat[name].shape for name in inside if flat[name].kind == "linear"]
     widest = max((max(shape) for shape in linears), default=0)
     outside = [source.nbytes(name) for name in job.stream.outside]
+    heads = [planned.pop(name) for name in job.targets[""] if name in planned]
     running = job.calibrated
     gram = 4 * max((shape[1] ** 2 for shape in linears), default=0)
     gram *= job.settings.solver.calibrated
@@ -183,7 +195,9 @@ def demand(job: Job) -> Demand:
     rotated = any(layer.rotate for layer in job.layers.values())
     solve = SOLVE_BYTES[job.settings.solver.name] + ROTATED_BYTES * rotated
     return Demand(
-        outside=_kept_bytes(source, job.stream.outside),
+        outside=_kept_bytes(source, job.stream.outside)
+        + HEAD_BYTES * sum(heads)
+        + solve * min(max(heads, default=0), HEAD_PART),
         embed=2 * sum(outside) if running else 0,
         block=4 * max(_weights(source, names) for names in blocks),
         stored=2 * max(_weights(source, names) for names in blocks),

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,10 @@ from posttrain.models.plan import LayerPlan
 from posttrain.models.rotation import rotate
 from posttrain.models.shards import read_header
 from posttrain.models.walk import Target, assign, fusion_groups
-from posttrain.numbers import QTensor, fake_quantize, fit_scales, qsnr
+from posttrain.numbers import QTensor, concatenated, fake_quantize, fit_scales, qsnr
 from posttrain.quantize.activations import ActivationStore
 from posttrain.quantize.calibration import InputMoments, MomentCollector
-from posttrain.quantize.job import Job, demand, prepare, say
+from posttrain.quantize.job import HEAD_PART, Job, demand, prepare, say
 from posttrain.quantize.memory import GIB, PeakMemory, trim
 from posttrain.quantize.progress import MEASURED, Progress, finished_result, open_progress
 from posttrain.quantize.recipe import load_recipe
@@ -289,9 +290,13 @@ def _solve(
         # A router decides which tokens an expert sees; its second moments are not gathered.
         solver = RTN()
     weight = _weight(job, name)
-    qweight = solver.solve(
-        Problem(weight, job.spec(name), moments, known or {}, lambda text: log(f"{name}: {text}"))
-    )
+
+    def solve(part: torch.Tensor) -> QTensor:
+        problem = Problem(part, job.spec(name), moments, known or {})
+        return solver.solve(replace(problem, log=lambda text: log(f"{name}: {text}")))
+
+    head = name in job.targets[""] and job.spec(name).by_rows
+    qweight = concatenated(map(solve, _row_parts(weight))) if head else solve(weight)
     stored = job.writer.module_tensors(name, qweight, _bias(job.stream.model, target))
     record = {
         "name": name,
@@ -305,6 +310,12 @@ def _solve(
         "seconds": time.monotonic() - begun,
     }
     return stored, record, qweight
+
+
+def _row_parts(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A head is far larger than other layers; where rows do not depend on each other it is solved
+    a part at a time, so that its workspace is not."""
+    return weight.split(max(1, HEAD_PART // weight.shape[1]))
 
 
 def _weight(job: Job, name: str) -> torch.Tensor:

@@ -8,6 +8,8 @@
 
 namespace {
 
+#include "scalar.h"
+
 /* Adds the bits of step `s` (64 codes, one per byte) to the planes of a unit. */
 void add_step(const uint8_t *codes, int s, int bits, uint8_t *unit) {
   if (bits == 8) {
@@ -87,6 +89,18 @@ int32_t pt_unpack_codes(const uint8_t *packed, int32_t rows, int32_t cols, int32
             if (col < cols) codes[(p * kPanel + r) * cols + col] = step[r * kStep + j];
           }
       }
+  return PT_OK;
+}
+
+int32_t pt_unpack_rows(const uint8_t *packed, int32_t rows, int32_t cols, int32_t bits,
+                       const int64_t *index, int64_t count, uint8_t *codes) {
+  if (rows < 1 || cols < 1 || bits < 2 || bits > 8) return PT_BAD_SHAPE;
+  for (int64_t i = 0; i < count; i++) {
+    if (index[i] < 0 || index[i] >= rows) return PT_BAD_SHAPE;
+    const uint8_t *panel = packed + index[i] / kPanel * panel_bytes(cols, bits);
+    for (int64_t k = 0; k < cols; k++)
+      codes[i * cols + k] = (uint8_t)code_at(panel, bits, index[i] % kPanel, k);
+  }
   return PT_OK;
 }
 

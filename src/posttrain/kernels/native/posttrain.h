@@ -88,6 +88,9 @@ PT_API int32_t pt_pack_codes(const uint8_t *codes, int32_t rows, int32_t cols, i
                              uint8_t *packed);
 PT_API int32_t pt_unpack_codes(const uint8_t *packed, int32_t rows, int32_t cols, int32_t bits,
                                uint8_t *codes);
+/* Rows `index` [count] of the codes: [count, cols]. */
+PT_API int32_t pt_unpack_rows(const uint8_t *packed, int32_t rows, int32_t cols, int32_t bits,
+                              const int64_t *index, int64_t count, uint8_t *codes);
 /* Pack float weights [rows, cols] of 16 or 32 bits each. */
 PT_API int32_t pt_pack_floats(const void *values, int32_t rows, int32_t cols, int32_t bits,
                               void *packed);
