@@ -20,6 +20,7 @@ ORDER = [
     "data",
     "evaluate",
     "report",
+    "bench",
     "quantize",
     "recipe",
     "cli",

@@ -27,13 +27,25 @@ _VERBS = {
     "quantize": ("posttrain.quantize", "quantize"),
     "evaluate": ("posttrain.evaluate", "evaluate"),
     "compare": ("posttrain.report.verb", "compare"),
+    "bench": ("posttrain.bench.verb", "bench"),
     "load": ("posttrain.lm.local", "load"),
     "chat": ("posttrain.lm.chat", "chat"),
     "run": ("posttrain.recipe", "run"),
 }
-__all__ = ["UserError", "__version__", "chat", "compare", "evaluate", "load", "quantize", "run"]
+__all__ = [
+    "UserError",
+    "__version__",
+    "bench",
+    "chat",
+    "compare",
+    "evaluate",
+    "load",
+    "quantize",
+    "run",
+]
 
 if TYPE_CHECKING:
+    from posttrain.bench import bench as bench
     from posttrain.evaluate import evaluate as evaluate
     from posttrain.lm.chat import chat as chat
     from posttrain.lm.local import load as load

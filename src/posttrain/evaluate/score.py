@@ -6,16 +6,17 @@ everything computed from them goes through in chunks of rows that fit the cache.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from posttrain import kernels
 from posttrain.errors import UserError
 from posttrain.evaluate.divergence import FullTarget, TopTarget
 from posttrain.evaluate.windows import Batch, Windows
-from posttrain.lm.engine import Engine, TorchEngine, last_logits, scoring_engine
+from posttrain.lm.engine import Engine, scoring_engine
 
 CHUNK_BYTES = 16 * 2**20  # of float32 logits worked on at a time
 
@@ -67,10 +68,13 @@ class Scorer:
         began = time.perf_counter()
         tokens = self.windows.tokens[batch.start : batch.stop].to(self.model.device)
         assert self.runner is not None
-        logits = batch_logits(self.runner, tokens, batch.first)
+        rows = max(1, CHUNK_BYTES // (4 * vocabulary(self.model)))
+        targeted = [part for row in tokens[:, batch.first :] for part in row.split(rows)]
+        count = tokens.shape[1] - batch.first + 1  # the last position predicts nothing here
+        chunks = self.runner.window_logits(tokens, count, rows)
         kept, parts = [], []
-        for i, (chunk, wanted) in enumerate(_chunks(logits, tokens[:, batch.first :])):
-            log_partition = chunk.logsumexp(-1)
+        for i, (chunk, wanted) in enumerate(zip(chunks, targeted, strict=True)):
+            log_partition = kernels.log_partition(chunk)
             scored = [log_partition - chunk.gather(-1, wanted[:, None])[:, 0]]
             if targets is not None:
                 scored += [targets[i].kl(chunk, log_partition)]
@@ -94,27 +98,6 @@ class Scorer:
         rows = slice(batch.start, batch.stop)
         for values, part in zip(self._values.values(), parts, strict=True):
             values[rows, batch.first - 1 :] = part.view(batch.stop - batch.start, -1)
-
-
-def batch_logits(runner: Engine, tokens: torch.Tensor, first: int) -> Sequence[torch.Tensor]:
-    """Logits that predict positions ``first`` and on of ``tokens`` ``[batch, window]``: for each
-    window ``[window - first, vocabulary]``."""
-    count = tokens.shape[1] - first + 1
-    if isinstance(runner, TorchEngine):  # all windows at once, in the model's own dtype
-        return list(last_logits(runner.model, tokens, count, use_cache=False)[:, :-1])
-    fed = [(runner.session(tokens.shape[1], "fp32"), window.tolist()) for window in tokens]
-    return [runner.forward([one], keep=count)[:-1] for one in fed]
-
-
-def _chunks(
-    logits: Sequence[torch.Tensor], targets: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows of one window at a time: a slice across windows would have to copy them."""
-    for window_logits, window_targets in zip(logits, targets, strict=True):
-        size = max(1, CHUNK_BYTES // (4 * window_logits.shape[-1]))
-        for start in range(0, len(window_logits), size):
-            rows = slice(start, start + size)
-            yield window_logits[rows].float(), window_targets[rows]
 
 
 def vocabulary(model: Any) -> int:

@@ -25,7 +25,7 @@ from posttrain.kernels.packed import (
     scale_width,
     unsupported,
 )
-from posttrain.kernels.sampling import Sampling
+from posttrain.kernels.sampling import Sampling, log_partition
 
 __all__ = [
     "BlockWeights",
@@ -42,6 +42,7 @@ __all__ = [
     "isa",
     "isas",
     "linear",
+    "log_partition",
     "quantize_input",
     "scale_width",
     "set_threads",

@@ -22,6 +22,8 @@ from posttrain.kernels.packed import PackedLinear, PackedWeight
 # angles, then their sines.
 Angles = Callable[[int, int, int], Tensor]
 
+Feeds = Sequence[tuple["Memory", Sequence[int]]]  # sequences and their next tokens
+
 PANEL = 16  # positions of a cache come in these (layout.h)
 CHUNK = 512  # tokens that a call takes at most: workspace grows with them
 _CACHE_DTYPES = {
@@ -176,9 +178,7 @@ class Decoder:
         tensors = {t.data_ptr(): t.nbytes for w in weights.values() for t in w.tensors.values()}
         return sum(tensors.values()) + sum(tensor.nbytes for tensor in self._kept)
 
-    def forward(
-        self, feeds: Sequence[tuple[Memory, Sequence[int]]], keep: int | None = 1
-    ) -> Tensor:
+    def forward(self, feeds: Feeds, keep: int | None = 1) -> Tensor:
         """Feed each sequence its next tokens, whose keys and values it then remembers.
 
         keep: after how many of the last tokens of each sequence logits are wanted; None: all.
@@ -186,6 +186,23 @@ class Decoder:
         Returns float32 [sum of kept tokens, vocabulary], sequence by sequence. Raises UserError for
         an empty feed, a sequence fed twice or unknown tokens.
         """
+        return self._feed(feeds, keep, hidden=False)
+
+    def hidden(self, feeds: Feeds, keep: int | None = 1) -> Tensor:
+        """As `forward`, up to what enters the head: [sum of kept tokens, width]."""
+        return self._feed(feeds, keep, hidden=True)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head's float32 [rows, vocabulary] of rows that `hidden` gave."""
+        logits = torch.empty(len(hidden), self.dimensions.vocabulary)
+        rows = hidden.contiguous()
+        status = library.native().pt_head(
+            ctypes.byref(self._model), rows.data_ptr(), len(rows), logits.data_ptr()
+        )
+        library.check(status, f"the head of {len(rows)} rows")
+        return logits
+
+    def _feed(self, feeds: Feeds, keep: int | None, hidden: bool) -> Tensor:
         for memory, ids in feeds:
             if len(ids) == 0:
                 raise UserError("a sequence has no tokens to feed")
@@ -195,16 +212,17 @@ class Decoder:
             raise UserError("a sequence can be fed once in a call")
         kept = [len(ids) if keep is None else min(keep, len(ids)) for _, ids in feeds]
         if sum(len(ids) for _, ids in feeds) <= CHUNK:
-            return self._call(feeds, kept)
+            return self._call(feeds, kept, hidden)
         rows = []  # one long sequence after the other
         for (memory, ids), wanted in zip(feeds, kept, strict=True):
             for start in range(0, len(ids), CHUNK):
                 part = ids[start : start + CHUNK]
                 after = len(ids) - start - len(part)  # tokens that come later
-                rows.append(self._call([(memory, part)], [min(max(wanted - after, 0), len(part))]))
+                some = min(max(wanted - after, 0), len(part))
+                rows.append(self._call([(memory, part)], [some], hidden))
         return torch.cat(rows)
 
-    def _call(self, feeds: Sequence[tuple[Memory, Sequence[int]]], kept: Sequence[int]) -> Tensor:
+    def _call(self, feeds: Feeds, kept: Sequence[int], hidden: bool) -> Tensor:
         ids = np.concatenate([np.asarray(part, dtype=np.int32) for _, part in feeds])
         if ids.min() < 0 or ids.max() >= self.dimensions.vocabulary:
             raise UserError(
@@ -219,16 +237,19 @@ class Decoder:
             memory.reserve(memory.length + len(part))
             memory.struct.length, memory.struct.tokens = memory.length, len(part)
             self._point_at_angles(memory)
-        logits = torch.empty(len(wanted), self.dimensions.vocabulary)
+        out = torch.empty(
+            len(wanted), self.dimensions.width if hidden else self.dimensions.vocabulary
+        )
+        place = out.data_ptr()
         status = library.native().pt_forward(
             ctypes.byref(self._model),
             (library.Memory * len(feeds))(*(memory.struct for memory, _ in feeds)),
-            len(feeds), ids.ctypes.data, wanted.ctypes.data, len(wanted), logits.data_ptr(),
+            len(feeds), ids.ctypes.data, wanted.ctypes.data, len(wanted), place if hidden else None, place,
         )  # fmt: skip
         library.check(status, f"a pass over {len(ids)} tokens")
         for memory, part in feeds:
             memory.length += len(part)
-        return logits
+        return out
 
     def _point_at_angles(self, memory: Memory) -> None:
         start, stop = memory.length, memory.length + memory.struct.tokens

@@ -20,6 +20,7 @@ from torch import Tensor
 from posttrain.errors import UserError
 from posttrain.kernels import library
 
+Logits = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
 
 
@@ -51,28 +52,29 @@ class Sampling:
 
         Raises UserError for logits that are not numbers.
         """
-        logits = logits.detach().to("cpu", torch.float32, copy=True).contiguous()
+        # numpy copies in this thread; torch's threads would spin on while our own want the cores.
+        own = np.array(logits.detach().to("cpu", torch.float32).numpy())
         past = np.asarray(history, dtype=np.int32)
-        token = (self._native if library.available() else self.reference)(logits, past)
+        token = (self._native if library.available() else self.reference)(own, past)
         if token < 0:
             raise UserError("the model gives logits that are not numbers: its weights are broken")
         return token
 
-    def _native(self, logits: Tensor, past: npt.NDArray[np.int32]) -> int:
+    def _native(self, z: Logits, past: npt.NDArray[np.int32]) -> int:
         how = library.Draw(
             self.temperature, self.top_p, self.min_p, self.repetition_penalty, self.top_k,
             self.seed % 2**64,
         )  # fmt: skip
         return int(
             library.native().pt_sample(
-                logits.data_ptr(), len(logits), ctypes.byref(how), past.ctypes.data, len(past),
+                z.ctypes.data, len(z), ctypes.byref(how), past.ctypes.data, len(past),
                 len(past),
             )
         )  # fmt: skip
 
-    def reference(self, logits: Tensor, past: npt.NDArray[np.int32]) -> int:
-        """The rule in numpy: what native/sampling.cpp is held to. -1 for NaN."""
-        z = logits.numpy()
+    def reference(self, z: Logits, past: npt.NDArray[np.int32]) -> int:
+        """The rule in numpy, on logits that it changes: what native/sampling.cpp is held to. -1 for
+        NaN."""
         if self.repetition_penalty != 1:
             seen = np.unique(past[(past >= 0) & (past < len(z))])
             penalty = np.float32(self.repetition_penalty)
@@ -113,3 +115,15 @@ def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     mixed: npt.NDArray[np.uint64] = x ^ x >> np.uint64(31)
     return mixed
+
+
+def log_partition(logits: Tensor) -> Tensor:
+    """log sum exp of each row of float32 [rows, vocabulary], on the kernels' own threads: torch's
+    would spin on and keep them from the next product."""
+    if not library.available() or not logits.is_cpu or logits.dtype != torch.float32:
+        return logits.logsumexp(-1)
+    rows = logits.contiguous()
+    out = torch.empty(len(rows))
+    status = library.native().pt_log_partition(rows.data_ptr(), *rows.shape, out.data_ptr())
+    library.check(status, f"logits {list(rows.shape)}")
+    return out

@@ -37,6 +37,11 @@ class Engine(Protocol):
         """Feed sessions; float32 logits [kept tokens, vocabulary] after the last `keep` tokens of
         each (None: all), session by session."""
 
+    def window_logits(self, windows: Tensor, count: int, rows: int) -> Iterator[Tensor]:
+        """Logits of the last `count` positions but one of each of `windows` [batch, window], in
+        parts of at most `rows` rows: all of them at once would take more time to write than to
+        compute."""
+
 
 class NativeEngine:
     """The native decoder of a model."""
@@ -53,6 +58,12 @@ class NativeEngine:
 
     def forward(self, feeds: Sequence[tuple[Memory, Tokens]], keep: int | None = 1) -> Tensor:
         return self.decoder.forward(feeds, keep)
+
+    def window_logits(self, windows: Tensor, count: int, rows: int) -> Iterator[Tensor]:
+        for window in windows:
+            session = self.session(len(window), "fp32")
+            hidden = self.decoder.hidden([(session, window.tolist())], count)[:-1]
+            yield from map(self.decoder.logits, hidden.split(rows))
 
 
 class TorchSession:
@@ -88,6 +99,11 @@ class TorchEngine:
             session.length += len(ids)
             rows.append(logits[0].float().cpu())
         return torch.cat(rows)
+
+    def window_logits(self, windows: Tensor, count: int, rows: int) -> Iterator[Tensor]:
+        logits = last_logits(self.model, windows, count, use_cache=False)[:, :-1]
+        for window in logits:
+            yield from (part.float() for part in window.split(rows))
 
 
 def last_logits(model: Any, ids: Tensor, count: int, **options: Any) -> Tensor:

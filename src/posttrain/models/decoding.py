@@ -16,6 +16,7 @@ from posttrain.errors import UserError
 from posttrain.kernels import BlockWeights, Decoder, Dimensions, InputFormat, PackedLinear
 from posttrain.kernels.packed import PackedWeight
 from posttrain.models.linear import QuantLinear, TiedEmbedding
+from posttrain.models.memory import trim
 from posttrain.models.walk import decoder_blocks
 
 # Blocks of a residual stream with RMS norms, rotary embeddings in halves, grouped queries and a
@@ -98,6 +99,7 @@ def decoder(model: Any) -> Decoder:
     else:
         table = base.embed_tokens.weight
         embedding = linears.setdefault(table.data_ptr(), PackedWeight.in_place(table))
+    trim()  # codes as they were stored are gone
     return Decoder(
         _dimensions(model, angles.rotary, gemma),
         blocks,

@@ -1,7 +1,5 @@
 """How much memory a run will take, and how much it took."""
 
-import ctypes
-import os
 import threading
 from dataclasses import dataclass
 from types import TracebackType
@@ -9,16 +7,6 @@ from types import TracebackType
 import psutil
 
 GIB = 1 << 30
-
-
-def trim() -> None:
-    """Give freed memory back to the system where the C library (glibc) would keep it.
-
-    Blocks come and go by the dozen; without this the holes they leave add up.
-    """
-    release = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if release is not None:
-        release(0)
 
 
 class PeakMemory:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from posttrain import __version__
 from posttrain.models.checkpoint import write_json
 from posttrain.models.linear import QuantLinear
+from posttrain.models.memory import trim
 from posttrain.models.plan import LayerPlan
 from posttrain.models.rotation import rotate
 from posttrain.models.shards import read_header
@@ -37,7 +38,7 @@ from posttrain.numbers import QTensor, concatenated, fake_quantize, fit_scales, 
 from posttrain.quantize.activations import ActivationStore
 from posttrain.quantize.calibration import InputMoments, MomentCollector
 from posttrain.quantize.job import HEAD_PART, Job, demand, prepare, say
-from posttrain.quantize.memory import GIB, PeakMemory, trim
+from posttrain.quantize.memory import GIB, PeakMemory
 from posttrain.quantize.progress import MEASURED, Progress, finished_result, open_progress
 from posttrain.quantize.recipe import load_recipe
 from posttrain.quantize.solvers import RTN, Log, Problem

@@ -57,16 +57,28 @@ void multiply_tiles(const uint8_t *codes, int64_t panel_stride, const int8_t *x,
   _tile_stored(3, out[1][1], sizeof out[0][0][0]);
 }
 
-/* floats[t] = fma(float(sums[t] - zero * x sums), scale, floats[t]) for the tokens of one tile. */
-void add_segment(const Tile &tile, int64_t segment, int64_t tokens, const Sums &sums, F32 *floats) {
-  for (int64_t t = 0; t < tokens; t++) {
-    Tile one{tile.product, tile.codes, tile.panel, tile.token + t};
-    I32 sum[1][1][1];
-    start_segment(sum, one, segment);
-    sum[0][0][0] = add(sum[0][0][0], {_mm512_load_si512(sums[t])});
-    F32 value[1][1] = {{floats[t]}};
-    end_segment(sum, value, one, segment);
-    floats[t] = value[0][0];
+/* floats[t] = fma(float(sums[t] - zero * x sums), scale, floats[t]) for `tokens` of one tile, as
+ * start_segment and end_segment do for one. */
+template <bool TokenScales>
+void add_segment(const Product &product, int64_t panel, int64_t token, int64_t segment,
+                        int64_t tokens, const Sums &sums, F32 *floats) {
+  const pt_weight &w = *product.weight;
+  const Activations &x = product.x;
+  const int64_t group = x.segments_per_group == 1 ? segment : segment / x.segments_per_group;
+  const int64_t at = (panel * x.weight_groups + group) * kPanel;
+  const F32 scale = load_scales(w, at);
+  const int32_t *x_sums = x.sums + token * x.segments + segment;
+  const float *x_scales =
+      TokenScales ? x.scales + token * x.scale_groups + segment / x.segments_per_scale : nullptr;
+  for (int64_t t = 0; t < tokens; t++, x_sums += x.segments) {
+    I32 sum = add({_mm512_load_si512(sums[t])}, set_i32(-w.zero * *x_sums));
+    if (w.zeros) sum = subtract_product(sum, w.zeros + at, *x_sums);
+    F32 factor = scale;
+    if constexpr (TokenScales) {
+      factor = mul(scale, set_f32(*x_scales));
+      x_scales += x.scale_groups;
+    }
+    floats[t] = fma(to_f32(sum), factor, floats[t]);
   }
 }
 
@@ -85,8 +97,9 @@ void block(const Product &product, const uint8_t *codes, int64_t panel, int64_t 
     for (int64_t p = 0; p < panels; p++)
       for (int64_t first = 0; first < tokens; first += kTile) {
         int64_t count = tokens - first < kTile ? tokens - first : kTile;
-        add_segment({product, codes, panel + p, token + first}, segment, count,
-                    sums[p][first / kTile], floats[p] + first);
+        auto add = x.scale_groups > 1 ? add_segment<true> : add_segment<false>;
+        add(product, panel + p, token + first, segment, count, sums[p][first / kTile],
+            floats[p] + first);
       }
   }
   for (int64_t p = 0; p < panels; p++)

@@ -12,6 +12,7 @@ namespace {
 /* 2 panels x 2 tokens: 8 registers of sums, 4 of weights, 1 of activations, 3 temporaries. */
 static const int kGemvTokens = 4;
 static constexpr TileShape kRowTile = {2, 2}, kGroupTile = {2, 2}, kFloatTile = {2, 2};
+static constexpr TileShape kAttentionTile = {2, 2}; /* vectors, queries */
 
 struct Bytes { __m256i v[2]; };
 struct Quad { __m256i v; };

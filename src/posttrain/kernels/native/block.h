@@ -145,6 +145,22 @@ void soft_cap(float *x, float cap, int64_t n) {
   }
 }
 
+/* log sum e^x; NaN if any x is, which `exponential` would not show */
+float log_partition(const float *x, int64_t n) {
+  if (largest_magnitude(x, n) > 0x7f800000u) return __builtin_nanf("");
+  const float nothing = -__builtin_inff();
+  auto load = [&](int64_t i) { return within(load_some(x + i, at_most_16(n - i)), 0, n - i, nothing); };
+  F32 most = set_f32(nothing), sums[4] = {set_f32(0.0f), set_f32(0.0f), set_f32(0.0f), set_f32(0.0f)};
+  for (int64_t i = 0; i < n; i += kPanel) most = maximum(load(i), most);
+  const float largest = largest_lane(most);
+  if (largest - largest != 0) return largest; /* infinite */
+  for (int64_t i = 0; i < n; i += kPanel) {
+    F32 e = exponential(subtract(load(i), set_f32(largest)));
+    sums[i / kPanel % 4] = add(sums[i / kPanel % 4], within(e, 0, n - i, 0.0f));
+  }
+  return largest + __builtin_logf(sum_lanes(add(add(sums[0], sums[1]), add(sums[2], sums[3]))));
+}
+
 /* --------------------------------------------------------------------- the cache of one head */
 
 /* 16 elements of a cache of `Type`; those of PT_I8 are codes. */
@@ -279,7 +295,7 @@ void attend_rows(const HeadCache &c, const float *const (&q)[R], const int64_t (
   const int64_t origin = begin_of(first) / kPanel * kPanel;
   const int64_t panels = ceil_div(last + 1 - origin, kPanel), ld = panels * kPanel;
   for (int64_t p = 0; p < panels;) {
-    with_count<4>(panels - p, [&](auto count) {
+    with_count<kAttentionTile.panels>(panels - p, [&](auto count) {
       score_panels<Type, R, decltype(count)::value>(c, q, origin / kPanel + p, scores + p * kPanel, ld);
       p += count.value;
     });
@@ -289,7 +305,7 @@ void attend_rows(const HeadCache &c, const float *const (&q)[R], const int64_t (
     total[r] = soften(c, scores + r * ld, origin, begin_of(position[r]), position[r] + 1, origin + ld);
   const int64_t vectors = c.value_width / kPanel;
   for (int64_t v = 0; v < vectors;) {
-    with_count<4>(vectors - v, [&](auto count) {
+    with_count<kAttentionTile.panels>(vectors - v, [&](auto count) {
       mix_values<Type, R, decltype(count)::value>(c, scores, ld, origin, last + 1, v * kPanel, total, out);
       v += count.value;
     });
@@ -319,7 +335,7 @@ void attend(const HeadCache &c, const float *q, int64_t ld, int64_t heads, int64
   auto at = [&](int64_t row) { return row / heads * ld + row % heads * c.head_size; };
   with_cache_type(c.type, [&](auto type) {
     for (int64_t row = 0; row < rows;) {
-      with_count<kQueries>(rows - row, [&](auto count) {
+      with_count<kAttentionTile.tokens>(rows - row, [&](auto count) {
         constexpr int n = decltype(count)::value;
         const float *from[n];
         float *to[n];

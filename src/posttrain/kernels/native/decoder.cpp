@@ -127,20 +127,11 @@ class Pass {
     project(b.down, gate_, hidden, b.down_input, b.mlp_out_norm);
   }
 
-  void logits(const int32_t *want, int64_t wanted, float *out) {
+  /* What enters the head. */
+  void finish(const int32_t *want, int64_t wanted, float *out) {
     for_token_blocks(wanted, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; i++)
-        kernels_.rms_norm(x + want[i] * m_.width, m_.norm, m_.eps, m_.width, h + i * m_.width);
-    });
-    const int64_t vocabulary = m_.vocabulary;
-    multiply_all(&m_.head, 1, h, m_.width, wanted, m_.head_input, &out, &vocabulary);
-    if (m_.logit_cap == 0 && m_.logit_scale == 1) return;
-    for_token_blocks(wanted, [&](int64_t first, int64_t last) {
-      float *row = out + first * vocabulary;
-      const int64_t n = (last - first) * vocabulary;
-      if (m_.logit_scale != 1)
-        for (int64_t i = 0; i < n; i++) row[i] *= m_.logit_scale;
-      if (m_.logit_cap > 0) kernels_.soft_cap(row, m_.logit_cap, n);
+        kernels_.rms_norm(x + want[i] * m_.width, m_.norm, m_.eps, m_.width, out + i * m_.width);
     });
   }
 
@@ -241,6 +232,20 @@ class Pass {
   float *q_, *k_, *v_, *gate_, *up_, *scratch_;
 };
 
+void head(const pt_model &m, const float *hidden, int64_t rows, float *logits) {
+  const Kernels &kernels = active_kernels();
+  const int64_t vocabulary = m.vocabulary;
+  multiply_all(&m.head, 1, hidden, m.width, rows, m.head_input, &logits, &vocabulary);
+  if (m.logit_cap == 0 && m.logit_scale == 1) return;
+  for_token_blocks(rows, [&](int64_t first, int64_t last) {
+    float *row = logits + first * vocabulary;
+    const int64_t n = (last - first) * vocabulary;
+    if (m.logit_scale != 1)
+      for (int64_t i = 0; i < n; i++) row[i] *= m.logit_scale;
+    if (m.logit_cap > 0) kernels.soft_cap(row, m.logit_cap, n);
+  });
+}
+
 int32_t check(const pt_model &m) {
   if (m.blocks < 1 || m.width < 1 || m.kv_heads < 1 || m.heads % m.kv_heads || m.head_size < 1)
     return PT_BAD_SHAPE;
@@ -273,7 +278,8 @@ int32_t check(const pt_model &m) {
 }  // namespace
 
 int32_t pt_forward(const pt_model *model, const pt_sequence *sequences, int32_t count,
-                   const int32_t *ids, const int32_t *want, int32_t wanted, float *logits) {
+                   const int32_t *ids, const int32_t *want, int32_t wanted, float *hidden,
+                   float *logits) {
   if (int32_t wrong = check(*model)) return wrong;
   int64_t tokens = 0;
   for (int i = 0; i < count; i++) {
@@ -295,6 +301,26 @@ int32_t pt_forward(const pt_model *model, const pt_sequence *sequences, int32_t 
       pass.attention(i);
       pass.mlp(i);
     }
-    if (wanted) pass.logits(want, wanted, logits);
+    if (!wanted) return;
+    pass.finish(want, wanted, hidden ? hidden : pass.h);
+    if (!hidden) head(*model, pass.h, wanted, logits);
+  });
+}
+
+int32_t pt_head(const pt_model *model, const float *hidden, int64_t rows, float *logits) {
+  if (int32_t wrong = check(*model)) return wrong;
+  if (rows < 0) return PT_BAD_SHAPE;
+  if (rows == 0) return PT_OK;
+  return guarded([&] { head(*model, hidden, rows, logits); });
+}
+
+int32_t pt_log_partition(const float *logits, int64_t rows, int32_t vocabulary, float *out) {
+  if (rows < 0 || vocabulary < 1) return PT_BAD_SHAPE;
+  if (rows == 0) return PT_OK;
+  return guarded([&] {
+    const Kernels &kernels = active_kernels();
+    parallel_for(rows, [&](int64_t row, int) {
+      out[row] = kernels.log_partition(logits + row * vocabulary, vocabulary);
+    });
   });
 }

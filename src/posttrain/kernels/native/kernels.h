@@ -57,7 +57,7 @@ struct HeadCache {
   int64_t window;                 /* positions seen, or 0 for all */
 };
 
-static const int kQueries = 4; /* queries that pass over a cache together */
+static const int kQueries = 6; /* queries that pass over a cache together, at most */
 
 /* Floats of scratch for queries that see up to `positions` positions. */
 static inline int64_t attention_scratch(int64_t positions) {
@@ -85,6 +85,7 @@ struct Kernels {
   void (*accumulate)(float *x, const float *y, float scale, int64_t n);
   void (*rotate_positions)(float *head, const float *angles, int64_t rotary);
   void (*soft_cap)(float *x, float cap, int64_t n);
+  float (*log_partition)(const float *x, int64_t n);
   void (*remember)(const HeadCache &, int64_t position, const float *key, const float *value);
   void (*attend)(const HeadCache &, const float *q, int64_t ld, int64_t heads, int64_t tokens,
                  int64_t position, float *out, float *scores);

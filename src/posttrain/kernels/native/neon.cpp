@@ -12,6 +12,7 @@ namespace {
 /* 1 panel x 4 tokens: 16 registers of sums, 4 of weights, 4 of activations. */
 static const int kGemvTokens = 4;
 static constexpr TileShape kRowTile = {1, 4}, kGroupTile = {1, 4}, kFloatTile = {1, 4};
+static constexpr TileShape kAttentionTile = {2, 2}; /* vectors, queries */
 
 struct Bytes { uint8x16_t v[4]; };
 struct Quad { int8x16_t v; };

@@ -8,6 +8,7 @@ namespace {
 
 static const int kGemvTokens = 1;
 static constexpr TileShape kRowTile = {1, 1}, kGroupTile = {1, 1}, kFloatTile = {1, 1};
+static constexpr TileShape kAttentionTile = {1, 1}; /* vectors, queries */
 
 struct Bytes { uint8_t at[64]; };
 struct Quad { int8_t at[4]; };

@@ -158,10 +158,18 @@ typedef struct {
 } pt_sequence;
 
 /* One pass over the next tokens of several sequences: `ids` holds those of the first, then of the
- * second, and so on. They are remembered; `length` is left to the caller. Writes the logits
- * [wanted, vocabulary] after the tokens at places `want` of `ids`. */
+ * second, and so on. They are remembered; `length` is left to the caller. Of the tokens at places
+ * `want` of `ids` it writes the logits [wanted, vocabulary] or, where `hidden` is not NULL, only
+ * what enters the head [wanted, width]. */
 PT_API int32_t pt_forward(const pt_model *model, const pt_sequence *sequences, int32_t count,
-                          const int32_t *ids, const int32_t *want, int32_t wanted, float *logits);
+                          const int32_t *ids, const int32_t *want, int32_t wanted, float *hidden,
+                          float *logits);
+
+/* The head alone: logits [rows, vocabulary] of `hidden` [rows, width]. */
+PT_API int32_t pt_head(const pt_model *model, const float *hidden, int64_t rows, float *logits);
+
+/* log sum exp of every row of logits [rows, vocabulary]. */
+PT_API int32_t pt_log_partition(const float *logits, int64_t rows, int32_t vocabulary, float *out);
 
 /* How a token is drawn; see pt_sample. */
 typedef struct {

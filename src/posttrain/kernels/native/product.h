@@ -669,7 +669,7 @@ namespace {
 /* All of the above under the name of an instruction set. */
 [[maybe_unused]] Kernels kernels_named(const char *name) {
   return {name,     gemm_tile,  gemv,       gemm,             unpack,   rotate,   quantize,
-          rms_norm, gated,      accumulate, rotate_positions, soft_cap, remember, attend,
+          rms_norm, gated,      accumulate, rotate_positions, soft_cap, log_partition, remember, attend,
           read_bytes, multiply_registers};
 }
 

@@ -8,6 +8,7 @@ namespace {
 /* 4 panels x 4 tokens: 16 sums, 4 weights and 1 activation in 32 registers. */
 static const int kGemvTokens = 4;
 static constexpr TileShape kRowTile = {4, 6}, kGroupTile = {3, 4}, kFloatTile = {4, 5};
+static constexpr TileShape kAttentionTile = {4, 6}; /* vectors, queries */
 
 struct Bytes { __m512i v; };
 struct Quad { __m512i v; };

@@ -1,0 +1,231 @@
+"""The engines that are compared, each behind the same three runs.
+
+`prefill` feeds N tokens to an empty sequence and wants the logits after the last; `decode` draws N
+tokens greedily, one by one, after a first; `score` wants the loss of all tokens of a window of N.
+Tokens are arbitrary but the same for all: no engine's speed depends on them.
+"""
+
+import ctypes
+import math
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import torch
+
+from posttrain import kernels
+from posttrain.errors import UserError
+
+ROWS = 64  # logits are looked at in parts of so many positions
+
+
+def token_ids(count: int, vocabulary: int) -> list[int]:
+    """The same arbitrary tokens for everybody."""
+    return [(i * 7919 + 101) % (vocabulary - 1) + 1 for i in range(count)]
+
+
+class Contender:
+    """Base: timing and memory. `cache` is how keys and values are kept, where there is a choice."""
+
+    vocabulary: int
+
+    def __init__(self, source: str, threads: int, cache: str) -> None:
+        torch.set_num_threads(threads)
+        self.prepare(source)
+        self._imports = psutil.Process().memory_info().rss
+        self.load(source, threads, cache)
+
+    def prepare(self, source: str) -> None:
+        """Import what loading imports, which is no memory of the model's."""
+        from posttrain.models.source import open_source
+        from posttrain.models.walk import skeleton
+
+        skeleton(open_source(source).config)
+
+    def load(self, source: str, threads: int, cache: str) -> None:
+        raise NotImplementedError
+
+    def prefill(self, tokens: list[int]) -> None:
+        raise NotImplementedError
+
+    def decode(self, count: int) -> None:
+        raise NotImplementedError
+
+    def score(self, tokens: list[int]) -> None:
+        raise UserError("it does not score")
+
+    def describe(self) -> dict[str, Any]:
+        """`kernel`, `weight_bytes`, `bits_per_weight` and what else is known."""
+        raise NotImplementedError
+
+    def run(self, what: str, count: int) -> float:
+        """Seconds of "prefill", "decode" or "score" with `count` tokens."""
+        if what not in ("prefill", "decode", "score"):
+            raise UserError(f"unknown run {what!r}: choose prefill, decode or score")
+        given = count if what == "decode" else token_ids(count, self.vocabulary)
+        begun = time.perf_counter()
+        getattr(self, what)(given)
+        return time.perf_counter() - begun
+
+    def facts(self) -> dict[str, Any]:
+        rss = psutil.Process().memory_info().rss
+        return self.describe() | {"rss_bytes": rss, "rss_above_imports_bytes": rss - self._imports}
+
+
+class Posttrain(Contender):
+    """Our engine, as `generate` and `evaluate` use it."""
+
+    def load(self, source: str, threads: int, cache: str) -> None:
+        from posttrain.lm import engine, load
+
+        if kernels.available():
+            kernels.set_threads(threads)
+        self.model = load(source, dtype="auto")
+        self.engine = engine(self.model)
+        self.cache = cache
+        self.vocabulary = self.model.config.get_text_config().vocab_size
+
+    def prefill(self, tokens: list[int]) -> None:
+        self.engine.forward([(self.engine.session(len(tokens), self.cache), tokens)])
+
+    def decode(self, count: int) -> None:
+        session, token = self.engine.session(count + 1, self.cache), 1
+        for _ in range(count):
+            token = kernels.Sampling().draw(self.engine.forward([(session, [token])])[0], [])
+
+    def score(self, tokens: list[int]) -> None:
+        _losses(self.engine.window_logits(torch.tensor([tokens]), len(tokens), ROWS), tokens)
+
+    def describe(self) -> dict[str, Any]:
+        found = self.model.posttrain
+        decoder = getattr(self.engine, "decoder", None)
+        return {
+            "kernel": self.engine.name,
+            "bits_per_weight": found["bits_per_weight"],
+            "stored_bytes": found["bytes"],
+            "weight_bytes": decoder.nbytes if decoder else found["bytes"],
+            "linear_weights": _linear_weights(self.model),
+        }
+
+
+class Transformers(Contender):
+    """transformers' own forward in float32 with its cache, weights expanded beforehand."""
+
+    def load(self, source: str, threads: int, cache: str) -> None:
+        from posttrain.lm.engine import TorchEngine
+        from posttrain.models.load import load
+
+        self.model = load(source, dtype="float32", resident="dequantized")
+        self.engine = TorchEngine(self.model)
+        self.vocabulary = self.model.config.get_text_config().vocab_size
+
+    def prefill(self, tokens: list[int]) -> None:
+        self.engine.forward([(self.engine.session(), tokens)])
+
+    def decode(self, count: int) -> None:
+        session, token = self.engine.session(), 1
+        for _ in range(count):
+            token = int(self.engine.forward([(session, [token])])[0].argmax())
+
+    @torch.inference_mode()
+    def score(self, tokens: list[int]) -> None:
+        logits = self.model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, :-1]
+        _losses(iter(logits.split(ROWS)), tokens)
+
+    def describe(self) -> dict[str, Any]:
+        from posttrain.models.load import count_parameters
+
+        weights = count_parameters(self.model)
+        return {"kernel": "torch float32", "bits_per_weight": 32.0, "weight_bytes": 4 * weights}
+
+
+class LlamaCpp(Contender):
+    """llama.cpp through llama-cpp-python, on a GGUF file; its cache is its default, fp16."""
+
+    def prepare(self, source: str) -> None:
+        import llama_cpp  # noqa: F401
+
+    def load(self, source: str, threads: int, cache: str) -> None:
+        from llama_cpp import llama_cpp
+
+        self.c: Any = llama_cpp
+        self._quiet = llama_cpp.llama_log_callback(lambda *_: None)
+        if not os.environ.get("POSTTRAIN_BENCH_VERBOSE"):
+            llama_cpp.llama_log_set(self._quiet, None)
+        llama_cpp.llama_backend_init()
+        model = llama_cpp.llama_model_default_params()
+        self.model = llama_cpp.llama_model_load_from_file(source.encode(), model)
+        if not self.model:
+            raise UserError(f"llama.cpp cannot load {source}")
+        how = llama_cpp.llama_context_default_params()
+        how.n_ctx, how.n_batch, how.n_ubatch = 4096, 512, 512
+        how.n_threads = how.n_threads_batch = threads
+        self.context = llama_cpp.llama_init_from_model(self.model, how)
+        self.vocabulary = llama_cpp.llama_vocab_n_tokens(
+            llama_cpp.llama_model_get_vocab(self.model)
+        )
+        self.bytes = os.path.getsize(source)
+
+    def _feed(self, tokens: list[int]) -> None:
+        array = (self.c.llama_token * len(tokens))(*tokens)  # the batch only points to it
+        batch = self.c.llama_batch_get_one(array, len(tokens))
+        if self.c.llama_decode(self.context, batch):
+            raise UserError("llama.cpp refused a batch")
+
+    def _forget(self) -> None:
+        self.c.llama_memory_clear(self.c.llama_get_memory(self.context), True)
+
+    def prefill(self, tokens: list[int]) -> None:
+        self._forget()
+        for start in range(0, len(tokens), 512):
+            self._feed(tokens[start : start + 512])
+
+    def decode(self, count: int) -> None:
+        self._forget()
+        token = 1
+        for _ in range(count):
+            self._feed([token])
+            logits = self.c.llama_get_logits_ith(self.context, -1)
+            row = torch.frombuffer(
+                (ctypes.c_float * self.vocabulary).from_address(ctypes.addressof(logits.contents)),
+                dtype=torch.float32,
+            )
+            token = int(row.argmax())
+
+    def describe(self) -> dict[str, Any]:
+        weights = int(self.c.llama_model_n_params(self.model))
+        return {
+            "kernel": _llama_features(self.c.llama_print_system_info().decode()),
+            "bits_per_weight": 8 * self.bytes / weights,
+            "weight_bytes": self.bytes,
+        }
+
+
+def contender_named(name: str) -> type[Contender]:
+    return {"posttrain": Posttrain, "transformers": Transformers, "llama.cpp": LlamaCpp}[name]
+
+
+def _llama_features(info: str) -> str:
+    """What llama.cpp was built with, from "CPU : AVX2 = 1 | AVX512 = 1 | ..."."""
+    switched = [part.split("=") for part in info.split(":")[-1].split("|") if "=" in part]
+    return "llama.cpp " + " ".join(name.strip() for name, on in switched if on.strip() == "1")
+
+
+def _losses(parts: Iterator[torch.Tensor], tokens: list[int]) -> torch.Tensor:
+    """Negative log-likelihood of each token after the first, as `evaluate` computes it."""
+    wanted = torch.tensor(tokens[1:])[:, None].split(ROWS)
+    losses = [
+        kernels.log_partition(rows) - rows.gather(-1, index)[:, 0]
+        for rows, index in zip(parts, wanted, strict=True)
+    ]
+    return torch.cat(losses)
+
+
+def _linear_weights(model: Any) -> int:
+    """Weights of the linear layers inside the blocks: what every token of a prefill meets."""
+    from posttrain.models.walk import decoder_blocks, quantizable
+
+    found = [quantizable(name, block) for name, block in decoder_blocks(model)]
+    return sum(math.prod(target.shape) for targets in found for target in targets.values())

@@ -1,0 +1,112 @@
+"""A GGUF file of the same model for llama.cpp, in the type nearest to our width.
+
+A GGUF source is requantized by llama.cpp itself. A directory of the Llama family is first written
+as a 16-bit GGUF file without a vocabulary, which is enough to measure speed.
+"""
+
+import ctypes
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain.errors import UserError
+from posttrain.models.gguf import PROJECTIONS
+from posttrain.models.source import open_source
+
+# llama.cpp's type for a width of ours: the bits of a linear weight that it is compared at.
+TYPES = ((4.6, "Q4_0"), (5.6, "Q5_0"), (6.9, "Q6_K"), (9.0, "Q8_0"), (17.0, "BF16"))
+WRITABLE = ("llama", "mistral")
+_GGUF = {ours: theirs for theirs, ours in PROJECTIONS.items()} | {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def nearest_type(model: str) -> str:
+    """The GGUF type to compare a model with: that of its quantized linears' width."""
+    report = Path(model) / "posttrain.json"
+    if not report.is_file():
+        return "BF16"
+    layers = json.loads(report.read_text(encoding="utf-8"))["layers"]
+    inside = sorted(layer["bits_per_weight"] for layer in layers if layer["name"] != "lm_head")
+    bits = inside[len(inside) // 2]
+    return next(name for most, name in TYPES if bits <= most)
+
+
+def gguf_of(model: str, kind: str, folder: Path) -> Path:
+    """A GGUF file of type `kind` in `folder`, of the model that `model` was quantized from."""
+    report = Path(model) / "posttrain.json"
+    origin = model
+    if report.is_file():
+        origin = json.loads(report.read_text(encoding="utf-8"))["model"]
+    source = open_source(origin)
+    plain = source.path if source.kind == "gguf" else _written(source, folder / "plain.gguf")
+    return _requantized(plain, kind, folder / f"{kind}.gguf")
+
+
+def _requantized(source: Path, kind: str, out: Path) -> Path:
+    from llama_cpp import llama_cpp as c
+
+    quiet = c.llama_log_callback(lambda *_: None)
+    c.llama_log_set(quiet, None)
+    how = c.llama_model_quantize_default_params()
+    how.ftype = getattr(c, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    how.allow_requantize = True
+    how.nthread = torch.get_num_threads()
+    if c.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(how)):
+        raise UserError(f"llama.cpp cannot write {source} as {kind}")
+    return out
+
+
+def _written(source: Any, out: Path) -> Path:
+    """A Llama checkpoint as GGUF in 16 bits."""
+    import gguf
+
+    config = source.config
+    if config.model_type not in WRITABLE:
+        raise UserError(
+            f"{source.name}: no GGUF file can be made of a {config.model_type} model here, so "
+            "llama.cpp cannot be compared; leave it out of --against"
+        )
+    writer = gguf.GGUFWriter(str(out), "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_rope_dimension_count(size)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    for name in source.tensor_names():
+        value = source.read([name])[name]
+        stored, tensor = _stored(name, value, config)
+        array = tensor.to(torch.float32 if tensor.ndim == 1 else torch.float16).numpy()
+        writer.add_tensor(stored, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+def _stored(name: str, value: torch.Tensor, config: Any) -> tuple[str, torch.Tensor]:
+    """The GGUF name and value of a tensor: rotary channels lie in pairs there."""
+    top = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    stem, _, suffix = name.rpartition(".")
+    if stem in top:
+        return f"{top[stem]}.{suffix}", value
+    _, _, layer, local = stem.split(".", 3)
+    heads = {"self_attn.q_proj": config.num_attention_heads,
+             "self_attn.k_proj": config.num_key_value_heads}.get(local)  # fmt: skip
+    if heads:
+        halves = value.reshape(heads, 2, -1, *value.shape[1:])
+        value = halves.transpose(1, 2).reshape(value.shape)
+    return f"blk.{layer}.{_GGUF[local]}.{suffix}", value

@@ -1,0 +1,48 @@
+"""The process of one contender, seen from outside (its inside is `worker`)."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+from posttrain.errors import UserError
+
+
+class Worker:
+    """The process of one contender, seen from outside. Raises UserError with its message."""
+
+    def __init__(self, name: str, source: str, threads: int, cache: str = "fp16") -> None:
+        self.name = name
+        command = [sys.executable, "-m", "posttrain.bench.worker"]
+        self._process = subprocess.Popen(
+            [*command, name, source, str(threads), cache],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.facts: dict[str, Any] = self.ask("facts")
+
+    def seconds(self, what: str, count: int) -> float:
+        """Time of one run."""
+        return float(self.ask(f"{what} {count}")["seconds"])
+
+    def ask(self, command: str) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(command + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            status = self._process.wait()
+            raise UserError(f"{self.name} ended with status {status} while asked to {command!r}")
+        found: dict[str, Any] = json.loads(answer)
+        if "error" in found:
+            raise UserError(f"{self.name}: {found['error']}")
+        return found
+
+    def close(self) -> None:
+        if self._process.poll() is None:
+            self._process.terminate()
+        self._process.wait()

@@ -1,0 +1,40 @@
+"""One contender in a process of its own, so that its memory and its threads are its own.
+
+    python -m posttrain.bench.worker NAME SOURCE THREADS CACHE
+
+Reads a command per line on standard input, answers with a JSON object per line on standard output:
+`prefill N`, `decode N`, `score N` give `{"seconds": ...}`; `facts` what was loaded; `end` ends.
+"""
+
+import json
+import sys
+from typing import Any
+
+from posttrain.errors import UserError
+
+
+def main(name: str, source: str, threads: str, cache: str) -> None:
+    out = sys.stdout
+    sys.stdout = sys.stderr  # libraries print; the answers must stay readable
+    contender: Any = None
+    for line in sys.stdin:
+        what, _, count = line.strip().partition(" ")
+        if what == "end":
+            break
+        try:
+            if contender is None:
+                from posttrain.bench.contenders import contender_named
+
+                contender = contender_named(name)(source, int(threads), cache)
+            answer = (
+                contender.facts()
+                if what == "facts"
+                else {"seconds": contender.run(what, int(count))}
+            )
+        except UserError as error:
+            answer = {"error": str(error)}
+        print(json.dumps(answer), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
