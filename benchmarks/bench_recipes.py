@@ -43,13 +43,14 @@ RUNS = [  # (name, recipe, options)
 ]
 PEERS = ["Q8_0", "Q5_0", "Q4_0"]  # what the gguf package can quantize
 FOUR_BIT = "weights of this checkpoint came from a 4-bit grid (GGUF Q4_1)"
+DATA = Path(os.environ.get("POSTTRAIN_DATA", ROOT.parent / "shared" / "data"))
 WORK = ROOT / "build" / "bench"
 
 
 def main() -> None:
     args = _arguments()
     WORK.mkdir(parents=True, exist_ok=True)
-    text, calibration = _local(args.text, "evaluation"), _local(args.calibration, "calibration")
+    text, calibration = local(args.text, "evaluation"), local(args.calibration, "calibration")
     runs = list(RUNS)
     if calibration is not None:
         name = f"w4a16 gptq on {args.calibration.parent.name}"
@@ -83,17 +84,22 @@ def main() -> None:
     )
 
 
+def wikitext() -> Path | None:
+    """The text that results/ are measured on, where it is at hand."""
+    path = DATA / "wikitext2/test_raw.txt.gz"
+    return path if path.is_file() else None
+
+
 def _arguments() -> argparse.Namespace:
-    data = Path(os.environ.get("POSTTRAIN_DATA", ROOT.parent / "shared" / "data"))
-    wikitext, c4 = data / "wikitext2/test_raw.txt.gz", data / "c4_sample/docs.jsonl.gz"
+    c4 = DATA / "c4_sample/docs.jsonl.gz"
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--text", type=Path, default=wikitext if wikitext.is_file() else None)
+    parser.add_argument("--text", type=Path, default=wikitext())
     parser.add_argument("--calibration", type=Path, default=c4 if c4.is_file() else None)
     parser.add_argument("--windows", type=int, default=64)
     return parser.parse_args()
 
 
-def _local(source: Path | None, role: str) -> str | None:
+def local(source: Path | None, role: str) -> str | None:
     """A plain copy under build/, so that results name no folder of this machine."""
     if source is None:
         return None
