@@ -230,3 +230,50 @@ def test_codes_come_back(weights):
         signed = q.codes.dtype == torch.int8
         codes = packed.codes() - packed.struct.zero if signed else packed.codes()
         assert torch.equal(codes.view(q.codes.dtype), q.codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_in_place_give_the_bits_of_packed_ones(isa, dtype):
+    for rows, cols in [*SHAPES, (40, 1152), (31, 31)]:
+        generator = torch.Generator().manual_seed(rows + cols)
+        weight = torch.randn(rows, cols, generator=generator).to(dtype)
+        bias = torch.randn(rows, generator=generator)
+        packed = PackedWeight.from_tensor(weight, bias)
+        in_place = PackedWeight.in_place(weight, bias)
+        assert in_place.tensors["codes"].data_ptr() == weight.data_ptr()
+        for tokens in (1, 3, 40) if isa != "portable" else (1, 9):
+            x = torch.randn(tokens, cols, generator=generator)
+            for activations in (None, A8):
+                how = InputFormat.of(activations and Spec.parse(activations))
+                a, b = kernels.linear(x, [packed], how), kernels.linear(x, [in_place], how)
+                assert torch.equal(a[0], b[0]), (rows, cols, tokens)
+
+
+def test_a_weight_that_cannot_be_used_in_place_is_refused():
+    for weight in (torch.ones(4, 4).T[:, :3], torch.ones(4, 4, dtype=torch.float64)):
+        with pytest.raises(UserError, match="in place"):
+            PackedWeight.in_place(weight)
+
+
+@pytest.mark.parametrize("weights", ["w8", "w7g32", "w6g64", "w5", "w4g16z", "w3g64", "w2", "nf4"])
+def test_rows_of_codes_are_those_of_all(weights):
+    q, _, _ = example(weights, 53, 96, 1)
+    packed = PackedWeight.from_qtensor(q)
+    index = torch.tensor([52, 0, 17, 17, 31])
+    assert torch.equal(packed.code_rows(index), packed.codes()[index])
+    with pytest.raises(UserError, match="refused rows"):
+        packed.code_rows(torch.tensor([53]))
+
+
+def test_log_partition_is_logsumexp(isa):
+    generator = torch.Generator().manual_seed(0)
+    for rows, cols in [(1, 1), (3, 17), (5, 4097)]:
+        logits = torch.randn(rows, cols, generator=generator) * 30
+        logits[:, ::7] = -torch.inf
+        logits[:, 0] = 3.0
+        found, wanted = kernels.log_partition(logits), logits.double().logsumexp(-1)
+        assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max().clamp(min=1)
+    broken = torch.zeros(3, 40)
+    broken[0, 3], broken[1, 39], broken[2] = torch.nan, torch.inf, -torch.inf
+    found = kernels.log_partition(broken)
+    assert found[0].isnan() and found[1] == torch.inf and found[2] == -torch.inf

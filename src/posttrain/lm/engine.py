@@ -16,6 +16,7 @@ from torch import Tensor
 from posttrain import kernels
 from posttrain.kernels import Decoder, Memory, Sampling
 from posttrain.models.decoding import decoder, no_decoder
+from posttrain.models.linear import QuantLinear, on_kernels
 
 Tokens = Sequence[int]
 
@@ -77,12 +78,14 @@ class TorchSession:
 
 
 class TorchEngine:
-    """The model's own forward, one session after the other."""
+    """The model's own forward, one session after the other; in `forward`, quantized layers are
+    multiplied on the kernels where there are any."""
 
     name = "torch"
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self._layers = [m for m in model.modules() if type(m) is QuantLinear]
 
     def session(self, capacity: int = 256, cache: str = "fp16") -> TorchSession:
         return TorchSession(self.model.config)
@@ -93,9 +96,10 @@ class TorchEngine:
         for session, ids in feeds:
             wanted = len(ids) if keep is None else min(keep, len(ids))
             tokens = torch.tensor([list(ids)], device=self.model.device)
-            logits = last_logits(
-                self.model, tokens, wanted, past_key_values=session.cache, use_cache=True
-            )
+            with on_kernels(self._layers):
+                logits = last_logits(
+                    self.model, tokens, wanted, past_key_values=session.cache, use_cache=True
+                )
             session.length += len(ids)
             rows.append(logits[0].float().cpu())
         return torch.cat(rows)

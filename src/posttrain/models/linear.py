@@ -17,7 +17,8 @@ ways of computing the product live side by side:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -303,6 +304,20 @@ class QuantLinear(nn.Module):
             f"weight={str(self.weight_spec)!r}, input={str(self.layer.input or '')!r}, "
             f"rotate={self.layer.rotate}, bias={self.bias is not None}, {self._resident}"
         )
+
+
+@contextmanager
+def on_kernels(layers: Iterable[QuantLinear]) -> Iterator[None]:
+    """For a while, `forward` of these layers is the native kernels' business where it can be."""
+    before = {layer: layer._resident for layer in layers if layer.no_kernel is None}
+    for layer in before:
+        layer.kernel()
+        layer._resident = "native"  # whatever is expanded stays so
+    try:
+        yield
+    finally:
+        for layer, resident in before.items():
+            layer._resident = resident
 
 
 class TiedEmbedding(nn.Module):
