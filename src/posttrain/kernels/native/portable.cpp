@@ -137,8 +137,8 @@ static inline F32 power_of_two(I32 n) {
   return v;
 }
 static inline F32 load_some(const float *from, int64_t count) {
-  F32 v = set_f32(0.0f);
-  EACH(i, count) v.at[i] = from[i];
+  F32 v = set_f32(0.0f); /* rows of 16-bit weights start anywhere */
+  __builtin_memcpy(v.at, from, (uint64_t)count * sizeof(float));
   return v;
 }
 static inline F32 load_floats(const float *from) { return load_some(from, 16); }
