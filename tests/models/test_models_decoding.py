@@ -245,6 +245,19 @@ def test_instruction_sets_and_threads_agree_to_the_bit(mixed, default_kernels):
         assert all(torch.equal(found[0], other) for other in found[1:]), cache
 
 
+@pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"])
+def test_a_broken_weight_is_not_hidden(part, default_kernels):
+    for isa in kernels.isas():
+        kernels.use(isa)
+        model = build("llama")
+        block = model.model.layers[2]
+        getattr(block.mlp if part in ("gate_proj", "down_proj") else block.self_attn, part).weight[
+            3, 2
+        ] = torch.nan
+        native = decoder(model)
+        assert native.forward([(native.memory(cache="fp32"), tokens(20))]).isnan().any()
+
+
 def test_a_memory_goes_back_and_forgets(mixed):
     text = tokens(30)
     memory = mixed.memory()
@@ -360,6 +373,21 @@ def test_demo_quantized_says_what_it_says_in_pytorch():
     replace_linears(model, layer)
     cost = (expected(model, ids) - reference).square().mean().sqrt()
     assert (got - reference).square().mean().sqrt() < 0.1 * cost
+
+
+def test_settings_of_a_checkpoint_that_are_not_known_here_are_transformers_business(demo):
+    ids = demo.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    own = demo.generation_config
+    demo.generation_config = transformers.GenerationConfig.from_dict(
+        own.to_dict() | {"no_repeat_ngram_size": 1}
+    )
+    try:
+        said = demo.generate(ids, max_new_tokens=12, do_sample=False)[0].tolist()
+    finally:
+        demo.generation_config = own
+    assert len(set(said)) == len(said)
+    plain = demo.generate(ids, max_new_tokens=12, do_sample=False)[0].tolist()
+    assert said != plain
 
 
 def test_generate_takes_text_messages_and_token_ids(demo):

@@ -9,6 +9,7 @@ import ctypes
 import math
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +27,7 @@ def token_ids(count: int, vocabulary: int) -> list[int]:
     return [(i * 7919 + 101) % (vocabulary - 1) + 1 for i in range(count)]
 
 
-class Contender:
+class Contender(ABC):
     """Base: timing and memory. `cache` is how keys and values are kept, where there is a choice."""
 
     vocabulary: int
@@ -44,21 +45,24 @@ class Contender:
 
         skeleton(open_source(source).config)
 
+    @abstractmethod
     def load(self, source: str, threads: int, cache: str) -> None:
-        raise NotImplementedError
+        """Load the model."""
 
+    @abstractmethod
     def prefill(self, tokens: list[int]) -> None:
-        raise NotImplementedError
+        """Logits after the last of these tokens."""
 
+    @abstractmethod
     def decode(self, count: int) -> None:
-        raise NotImplementedError
+        """Draw so many tokens, one by one."""
 
     def score(self, tokens: list[int]) -> None:
         raise UserError("it does not score")
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """`kernel`, `weight_bytes`, `bits_per_weight` and what else is known."""
-        raise NotImplementedError
 
     def run(self, what: str, count: int) -> float:
         """Seconds of "prefill", "decode" or "score" with `count` tokens."""
@@ -152,8 +156,7 @@ class LlamaCpp(Contender):
 
         self.c: Any = llama_cpp
         self._quiet = llama_cpp.llama_log_callback(lambda *_: None)
-        if not os.environ.get("POSTTRAIN_BENCH_VERBOSE"):
-            llama_cpp.llama_log_set(self._quiet, None)
+        llama_cpp.llama_log_set(self._quiet, None)
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_default_params()
         self.model = llama_cpp.llama_model_load_from_file(source.encode(), model)

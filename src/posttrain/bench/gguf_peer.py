@@ -1,7 +1,8 @@
 """A GGUF file of the same model for llama.cpp, in the type nearest to our width.
 
 A GGUF source is requantized by llama.cpp itself. A directory of the Llama family is first written
-as a 16-bit GGUF file without a vocabulary, which is enough to measure speed.
+as a 16-bit GGUF file without a vocabulary and without scalings of the rotary angles: enough to measure
+speed, not to read its answers.
 """
 
 import ctypes

@@ -20,7 +20,11 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.facts: dict[str, Any] = self.ask("facts")
+        try:
+            self.facts: dict[str, Any] = self.ask("facts")
+        except UserError:
+            self.close()
+            raise
 
     def seconds(self, what: str, count: int) -> float:
         """Time of one run."""

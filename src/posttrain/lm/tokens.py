@@ -13,8 +13,10 @@ from posttrain.lm.engine import AT_ONCE, TorchEngine, continuations, engine
 # Options of transformers' generate that mean the same here; with any other it runs itself.
 KNOWN = {
     "input_ids", "attention_mask", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p",
-    "min_p", "repetition_penalty", "eos_token_id", "pad_token_id", "use_cache", "seed",
+    "min_p", "repetition_penalty", "eos_token_id", "pad_token_id", "use_cache",
 }  # fmt: skip
+# Entries of a generation config that do not change what is generated here.
+INERT = {"_from_model_config", "transformers_version", "bos_token_id", "max_length"}
 
 
 def is_text(inputs: Any) -> bool:
@@ -45,11 +47,9 @@ def generate_tokens(model: Any, inputs: Any, options: dict[str, Any]) -> Any:
 
 def _settled(model: Any, options: Mapping[str, Any]) -> dict[str, Any] | None:
     """All options with the model's own defaults, or None where those ask for something else."""
-    config = model.generation_config.to_dict()
-    plain = {"num_beams": 1, "num_return_sequences": 1, "penalty_alpha": None, "typical_p": 1.0}
-    for name, usual in plain.items():
-        if config.get(name) not in (None, usual):
-            return None
+    config = model.generation_config.to_diff_dict()  # what differs from transformers' defaults
+    if {name for name, value in config.items() if value} - KNOWN - INERT:
+        return None
 
     def option(name: str, default: Any) -> Any:
         for source in (options, config):
@@ -71,7 +71,7 @@ def _settled(model: Any, options: Mapping[str, Any]) -> dict[str, Any] | None:
             "repetition_penalty": option("repetition_penalty", 1.0),
         },
         # Like transformers, whose draws follow torch.manual_seed.
-        "seed": options.get("seed", int(torch.randint(2**62, ())) if sampled else 0),
+        "seed": int(torch.randint(2**62, ())) if sampled else 0,
         "stops": stops,
         "pad_token_id": option("pad_token_id", min(stops, default=0)),
         "max_new_tokens": options["max_new_tokens"],

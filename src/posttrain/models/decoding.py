@@ -32,7 +32,6 @@ ACTIVATIONS = {
     "GELUTanh": "gelu_tanh",
     "PytorchGELUTanh": "gelu_tanh",
     "GELUActivation": "gelu",
-    "GELU": "gelu",
     "ReLU": "relu",
 }
 # Scalings whose angles depend on how long the sequence is.

@@ -100,33 +100,20 @@ INLINE I32 byte_of(Bytes b) {
 
 INLINE F32 set_f32(float value) { return {{_mm256_set1_ps(value), _mm256_set1_ps(value)}}; }
 INLINE F32 to_f32(I32 a) { return {{_mm256_cvtepi32_ps(a.v[0]), _mm256_cvtepi32_ps(a.v[1])}}; }
-INLINE F32 mul(F32 a, F32 b) {
-  BOTH(i) a.v[i] = _mm256_mul_ps(a.v[i], b.v[i]);
-  return a;
-}
-INLINE F32 subtract(F32 a, F32 b) {
-  BOTH(i) a.v[i] = _mm256_sub_ps(a.v[i], b.v[i]);
-  return a;
-}
+#define ON_BOTH(name, instruction)            \
+  INLINE F32 name(F32 a, F32 b) {             \
+    BOTH(i) a.v[i] = instruction(a.v[i], b.v[i]); \
+    return a;                                 \
+  }
+ON_BOTH(add, _mm256_add_ps)
+ON_BOTH(subtract, _mm256_sub_ps)
+ON_BOTH(mul, _mm256_mul_ps)
+ON_BOTH(divide, _mm256_div_ps)
+ON_BOTH(maximum, _mm256_max_ps)
+ON_BOTH(minimum, _mm256_min_ps)
 INLINE F32 fma(F32 a, F32 b, F32 c) {
   BOTH(i) c.v[i] = _mm256_fmadd_ps(a.v[i], b.v[i], c.v[i]);
   return c;
-}
-INLINE F32 add(F32 a, F32 b) {
-  BOTH(i) a.v[i] = _mm256_add_ps(a.v[i], b.v[i]);
-  return a;
-}
-INLINE F32 divide(F32 a, F32 b) {
-  BOTH(i) a.v[i] = _mm256_div_ps(a.v[i], b.v[i]);
-  return a;
-}
-INLINE F32 maximum(F32 a, F32 b) {
-  BOTH(i) a.v[i] = _mm256_max_ps(a.v[i], b.v[i]);
-  return a;
-}
-INLINE F32 minimum(F32 a, F32 b) {
-  BOTH(i) a.v[i] = _mm256_min_ps(a.v[i], b.v[i]);
-  return a;
 }
 INLINE I32 rounded(F32 a) { return {{_mm256_cvtps_epi32(a.v[0]), _mm256_cvtps_epi32(a.v[1])}}; }
 /* 2^n for n in [-126, 127] */

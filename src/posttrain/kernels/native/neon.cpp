@@ -120,25 +120,18 @@ INLINE F32 to_f32(I32 a) {
   EACH4(i) out.v[i] = vcvtq_f32_s32(a.v[i]);
   return out;
 }
-INLINE F32 mul(F32 a, F32 b) {
-  EACH4(i) a.v[i] = vmulq_f32(a.v[i], b.v[i]);
-  return a;
-}
-INLINE F32 subtract(F32 a, F32 b) {
-  EACH4(i) a.v[i] = vsubq_f32(a.v[i], b.v[i]);
-  return a;
-}
+#define ON_ALL4(name, instruction)                 \
+  INLINE F32 name(F32 a, F32 b) {                  \
+    EACH4(i) a.v[i] = instruction(a.v[i], b.v[i]); \
+    return a;                                      \
+  }
+ON_ALL4(add, vaddq_f32)
+ON_ALL4(subtract, vsubq_f32)
+ON_ALL4(mul, vmulq_f32)
+ON_ALL4(divide, vdivq_f32)
 INLINE F32 fma(F32 a, F32 b, F32 c) {
   EACH4(i) c.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]);
   return c;
-}
-INLINE F32 add(F32 a, F32 b) {
-  EACH4(i) a.v[i] = vaddq_f32(a.v[i], b.v[i]);
-  return a;
-}
-INLINE F32 divide(F32 a, F32 b) {
-  EACH4(i) a.v[i] = vdivq_f32(a.v[i], b.v[i]);
-  return a;
 }
 /* As on x86, where the second operand is the result of every comparison with NaN. */
 INLINE F32 maximum(F32 a, F32 b) {
