@@ -21,6 +21,10 @@ IN_INTEGERS = [  # (weights, activations) summed in integers
     *((name, A8_GROUPED) for name in ("w4g32", "w6", "w8g64z")),
     ("w6g128", "int6h | fp32/row"),
     ("w4g16", "int8h | fp16/g16"),
+    # Groups that are no whole number of the 32 columns stored together.
+    ("int4 | fp16/g48", A8),
+    ("int6 | fp16/g80", A8),
+    ("w4g64", "int8 | fp32/g48"),
 ]
 LOOKED_UP = [("mxfp4", A8), ("nvfp4", A8), ("fp4-g64", A8_GROUPED)]
 IN_FLOATS = [
@@ -152,6 +156,18 @@ def test_a_token_comes_out_the_same_in_any_company(isa, weights, activations):
     assert torch.equal(product(x[:9], q, bias, activations), want[:9])
 
 
+@pytest.mark.parametrize("weights,activations", SAME_BITS[:4] + SAME_BITS[-1:])
+def test_what_is_cut_into_blocks_comes_out_the_same(isa, weights, activations):
+    """Blocks of columns, of rows and of tokens, none of them whole, against a token at a time."""
+    q, _, x = example(weights, 290, 1440, 600)
+    many = product(x, q, None, activations)
+    for token in (0, 31, 511, 512, 599):
+        assert torch.equal(
+            many[token : token + 1], product(x[token : token + 1], q, None, activations)
+        )
+    assert torch.equal(many[::64], product(x[::64], q, None, activations))
+
+
 def test_floats_are_multiplied_as_they_are(isa):
     generator = torch.Generator().manual_seed(3)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -194,6 +210,16 @@ def test_activations_get_the_codes_that_numbers_gives_them(isa, activations):
         codes, scales = kernels.quantize_input(x, InputFormat.of(Spec.parse(activations)))
         torch.testing.assert_close(scales, want.scales.factors[0], rtol=0, atol=0, equal_nan=True)
         assert torch.equal(codes, want.codes)
+
+
+def test_activations_between_two_codes_go_where_numbers_puts_them(isa):
+    generator = torch.Generator().manual_seed(12)
+    spec = Spec.parse(A8)
+    x = torch.randint(-254, 255, (300, 640), generator=generator) / 2
+    x[:, 0] = 127.5
+    x *= torch.rand(300, 1, generator=generator) + 0.5  # ties, and floats next to ties
+    codes, _ = kernels.quantize_input(x, InputFormat.of(spec))
+    assert torch.equal(codes, quantize(x, spec).codes)
 
 
 def test_rotation_is_that_of_the_model(isa):

@@ -11,7 +11,7 @@ namespace {
 
 /* 2 panels x 2 tokens: 8 registers of sums, 4 of weights, 1 of activations, 3 temporaries. */
 static const int kGemvTokens = 4;
-static constexpr TileShape kRowTile = {2, 2}, kGroupTile = {2, 2}, kFloatTile = {2, 2};
+static constexpr TileShape kTile = {2, 2}, kFloatTile = {2, 2};
 static constexpr TileShape kAttentionTile = {2, 2}; /* vectors, queries */
 
 struct Bytes { __m256i v[2]; };
@@ -82,6 +82,12 @@ INLINE I32 dot(I32 sum, Bytes w, Quad x) {
   return sum;
 }
 INLINE int32_t first_lane(I32 a) { return _mm_cvtsi128_si32(_mm256_castsi256_si128(a.v[0])); }
+INLINE I32 load_bits(const float *from) {
+  return {{_mm256_loadu_si256((const __m256i *)from), _mm256_loadu_si256((const __m256i *)from + 1)}};
+}
+INLINE void store_bits(float *to, I32 a) {
+  UNROLL for (int i = 0; i < 2; i++) _mm256_storeu_si256((__m256i *)to + i, a.v[i]);
+}
 INLINE I32 load_u8(const uint8_t *from) {
   return {{_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from)),
            _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(from + 8)))}};
@@ -239,6 +245,9 @@ INLINE F32 look_up(const FloatTable<Bits> &table, I32 index) {
 }
 INLINE void prefetch(const uint8_t *from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch((const char *)from + i, _MM_HINT_T0);
+}
+INLINE void prefetch_far(const uint8_t *from, int64_t bytes) { /* to the second cache */
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch((const char *)from + i, _MM_HINT_T1);
 }
 
 INLINE uint32_t largest_magnitude(const float *x, int64_t count) {

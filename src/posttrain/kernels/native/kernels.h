@@ -9,30 +9,44 @@
  * which make such large functions take minutes to compile. */
 #if defined(PT_SANITIZED)
 #define INLINE_MEMBER inline
+#define INLINE_LAMBDA
 #define UNROLL
 #else
 #define INLINE_MEMBER inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 32")
 #endif
 #define INLINE static INLINE_MEMBER
 
-/* Activations ready to multiply. Rows are `stride` = padded columns long and zero beyond cols. */
+/* Tiles of tokens may read, and ignore, some beyond the last. */
+static const int64_t kTokenSlack = 32;
+
+/* Activations ready to multiply, padded with zeros to whole units of columns. */
 struct Activations {
   int64_t tokens, stride;
-  const float *values;  /* [tokens, stride], for products in float32; else NULL */
-  const int8_t *codes;  /* [tokens, stride] */
+  const float *values; /* [tokens, stride], for products in float32; else NULL */
+  /* [blocks of `block` columns][tokens + kTokenSlack, stride]: what `gemm` multiplies together lies
+   * together; `gemv` wants a single block. */
+  const int8_t *codes;
+  int64_t block;
   const float *scales;  /* [tokens, scale_groups] */
   const int32_t *sums;  /* [tokens, segments]: sum of the codes of a segment */
   int64_t scale_groups, scale_group; /* groups per token, columns per group */
   int64_t segments, segment;         /* runs of columns on which every scale is constant */
   int64_t weight_groups;             /* per row of the weights that these meet */
   int64_t segments_per_group, segments_per_scale; /* of the weights, of the activations */
+
+  const int8_t *codes_at(int64_t token, int64_t column) const {
+    const int64_t in_block = column % block;
+    return codes + ((column / block) * (tokens + kTokenSlack) + token) * stride + in_block;
+  }
 };
 
 /* One weight, its activations and where the result goes. */
 struct Product {
   const pt_weight *weight;
   Activations x;
+  const int32_t *starts; /* [tokens, segments]: -weight->zero * x.sums, what integer sums start at */
   float *y;
   int64_t ldy;
 };
@@ -45,6 +59,29 @@ struct Share {
 struct TileShape {
   int panels, tokens;
 };
+
+/* Part of a weight: panels [panel, panel_end), columns [begin, end), which are whole units. */
+struct Block {
+  int64_t panel, panel_end, begin, end;
+};
+
+/* Unpacked codes: those of the first panel, and bytes from one panel to the next. */
+struct Codes {
+  const uint8_t *first;
+  int64_t stride;
+};
+
+/* Columns multiplied at a time, about so many, so that the weights of a tile stay in the first cache. */
+static const int64_t kBlockColumns = 512;
+
+/* Rows of `cols` columns in parts as equal as whole segments allow; a single one is cut, its integer
+ * sums carried on. */
+static inline int64_t block_columns(int64_t cols, int64_t segment) {
+  const int64_t parts = cols < 2 * kBlockColumns ? 1 + (cols > kBlockColumns * 3 / 2)
+                                                 : ceil_div(cols, kBlockColumns);
+  const int64_t unit = segment >= cols ? kUnit : segment < kUnit ? kUnit : segment;
+  return ceil_div(ceil_div(cols, parts), unit) * unit;
+}
 
 /* Keys and values of one head of one sequence, and how they are looked at (block.h). */
 struct HeadCache {
@@ -72,8 +109,8 @@ struct Kernels {
   void (*gemv)(const Product &, const Share &);
   /* Many tokens: each block of panels is unpacked once into `scratch` (gemm_scratch bytes). */
   void (*gemm)(const Product &, const Share &, uint8_t *scratch);
-  /* Panels [panel, panel + count) as `gemm` multiplies them: in scratch, or where they lie. */
-  const uint8_t *(*unpack)(const Product &, int64_t panel, int64_t count, uint8_t *scratch);
+  /* Codes of a block as bytes: in scratch, panel by panel, or where they lie. */
+  Codes (*unpack)(const pt_weight &, const Block &, uint8_t *scratch);
   /* One token times the block-Hadamard matrix of models/rotation.py, in place. */
   void (*rotate)(float *x, int64_t cols);
   /* Tokens [first, last): x [.., ldx] to codes, scales and segment sums. */
@@ -106,9 +143,19 @@ static inline bool in_integers(const Product &product) {
   return product.x.codes && product.weight->stage <= PT_LOOKUP;
 }
 
-/* Bytes of scratch that `gemm` needs for this product. */
-static inline int64_t gemm_scratch(const Kernels &k, const Product &product) {
-  return k.gemm_tile(product).panels * panel_bytes(product.weight->cols, in_integers(product) ? 8 : 32);
+/* Tiles side by side that a share has at most: they read the same activations again and again. */
+static const int64_t kTilesOfShare = 8;
+
+/* Bytes of sums that `panels` x `tokens` carry from one block of columns to the next. */
+static inline int64_t carried_bytes(int64_t panels, int64_t tokens) {
+  return panels * tokens * kPanel * (int64_t)sizeof(float);
+}
+
+/* Bytes of scratch that `gemm` needs for a share of up to `tokens` tokens. */
+static inline int64_t gemm_scratch(const Kernels &k, const Product &product, int64_t tokens) {
+  const int64_t panels = k.gemm_tile(product).panels;
+  if (!in_integers(product)) return panels * panel_bytes(product.weight->cols, 32);
+  return carried_bytes(kTilesOfShare * panels, tokens) + panels * panel_bytes(product.x.block, 8);
 }
 
 #endif

@@ -1,6 +1,7 @@
 /* pt_linear: quantize the activations once, divide the products among the threads. */
 #include <string.h>
 
+#include <algorithm>
 #include <numeric>
 #include <vector>
 
@@ -14,10 +15,11 @@ namespace {
 /* Up to this many tokens, unpacking inside the product beats unpacking first. */
 const int64_t kFewTokens = 8;
 const int64_t kFewestTokensPerShare = 32;
-const int64_t kTokenSlack = 32;
+const int64_t kMostTokensPerShare = 512; /* so that what a share carries stays in the second cache */
+const int64_t kSharedBytes = 1 << 19;    /* of activations, from where they are worth sharing */
 
 struct Workspace {
-  Buffer rotated, values, codes, scales, sums, scratch;
+  Buffer rotated, values, codes, scales, sums, starts, scratch;
 };
 
 Workspace &workspace() {
@@ -55,6 +57,7 @@ int64_t segment_of(const pt_weight &w, int64_t x_group) {
   int64_t cols = padded(w.cols), segment = w.group >= w.cols ? cols : w.group;
   if (x_group < w.cols) segment = std::gcd(segment, x_group);
   if (segment >= cols) segment = cols;
+  if (segment % kUnit) segment = kUnit / 2; /* half units or whole ones: all a tile can tell apart */
   return segment > kLongestSegment ? std::gcd(segment, kLongestSegment) : segment;
 }
 
@@ -63,7 +66,7 @@ class Prepared {
  public:
   Prepared(const Kernels &kernels, const float *x, int64_t ldx, int64_t tokens, int64_t cols,
            const pt_input &in)
-      : kernels_(kernels), in_(in), x_(x), ldx_(ldx), tokens_(tokens), cols_(cols) {
+      : kernels_(kernels), in_(in), x_(x), ldx_(ldx), tokens_(tokens), cols_(cols), few_(tokens <= kFewTokens) {
     if (!in.rotate) return;
     float *rotated = workspace().rotated.get<float>(tokens * cols);
     for_token_blocks(tokens, [&](int64_t first, int64_t last) {
@@ -78,17 +81,20 @@ class Prepared {
   /* For weights of `groups` groups of `group` columns. */
   Activations quantized(int64_t segment, int64_t groups, int64_t group) {
     Activations a{};
-    a.tokens = tokens_, a.stride = padded(cols_);
+    a.tokens = tokens_;
     a.scale_group = group_of(in_.group, cols_);
     a.scale_groups = ceil_div(cols_, a.scale_group);
     a.segment = segment, a.segments = ceil_div(cols_, segment);
     a.weight_groups = groups;
     a.segments_per_group = ceil_div(group, segment);
     a.segments_per_scale = ceil_div(a.scale_group, segment);
-    /* Tiles of tokens may read, and ignore, some beyond the last. */
-    a.codes = workspace().codes.get<int8_t>((tokens_ + kTokenSlack) * a.stride);
-    a.scales = workspace().scales.get<float>(tokens_ * a.scale_groups);
-    a.sums = workspace().sums.get<int32_t>(tokens_ * a.segments);
+    a.block = few_ ? padded(cols_) : std::min(padded(cols_), block_columns(padded(cols_), segment));
+    /* An odd number of cache lines: rows a power of two apart would share few lines of a cache. */
+    a.stride = (ceil_div(a.block, kVector) | 1) * kVector;
+    const int64_t blocks = ceil_div(cols_, a.block);
+    a.codes = workspace().codes.get<int8_t>(blocks * (tokens_ + kTokenSlack) * a.stride);
+    a.scales = workspace().scales.get<float>((tokens_ + kTokenSlack) * a.scale_groups);
+    a.sums = workspace().sums.get<int32_t>((tokens_ + kTokenSlack) * a.segments);
     for_token_blocks(tokens_, [&](int64_t first, int64_t last) {
       kernels_.quantize(x_, ldx_, cols_, in_, first, last, a);
     });
@@ -112,7 +118,7 @@ class Prepared {
       for (int64_t t = first; t < last; t++) {
         float *row = values + t * a.stride;
         for (int64_t k = 0; k < cols_; k++)
-          row[k] = in_.bits ? codes.codes[t * a.stride + k] *
+          row[k] = in_.bits ? *codes.codes_at(t, k) *
                                   codes.scales[t * codes.scale_groups + k / codes.scale_group]
                             : x_[t * ldx_ + k];
         memset(row + cols_, 0, (a.stride - cols_) * sizeof(float));
@@ -126,26 +132,45 @@ class Prepared {
   const pt_input &in_;
   const float *x_;
   int64_t ldx_, tokens_, cols_;
+  bool few_;
 };
+
+/* What the integer sums of each product start at; weights with the same zero point share it. */
+void set_starts(std::vector<Product> &products) {
+  const Activations &x = products[0].x;
+  const int64_t count = x.tokens * x.segments;
+  int32_t *starts = workspace().starts.get<int32_t>(count * (int64_t)products.size());
+  for (size_t i = 0; i < products.size(); i++) {
+    const int32_t zero = products[i].weight->zero;
+    if (i && zero == products[i - 1].weight->zero) {
+      products[i].starts = products[i - 1].starts;
+      continue;
+    }
+    int32_t *own = starts + i * count;
+    for (int64_t j = 0; j < count; j++) own[j] = -zero * x.sums[j];
+    products[i].starts = own;
+  }
+}
 
 /* Products that share activations, as one list of items for the pool. */
 void multiply(const Kernels &kernels, const std::vector<Product> &products, int64_t tokens) {
-  bool few = tokens <= kFewTokens;
+  const bool few = tokens <= kFewTokens;
   int64_t threads = thread_count(), total = 0;
   for (auto &p : products) total += panels_of(p.weight->rows);
   const TileShape tile = kernels.gemm_tile(products[0]); /* the same for all: they share segments */
   int64_t panels = few ? ceil_div(total, 8 * threads) : tile.panels;
-  int64_t blocks = 0, scratch = 0;
-  for (auto &p : products) {
-    blocks += ceil_div(panels_of(p.weight->rows), panels);
-    int64_t bytes = gemm_scratch(kernels, p);
-    scratch = bytes > scratch ? bytes : scratch;
-  }
-  int64_t parts = 1; /* of the tokens, where there are too few rows to go round */
+  if (!few && tokens * products[0].weight->cols > kSharedBytes)
+    for (int i = 1; i < kTilesOfShare && ceil_div(total, 2 * panels) >= 8 * threads; i *= 2) panels *= 2;
+  int64_t blocks = 0;
+  for (auto &p : products) blocks += ceil_div(panels_of(p.weight->rows), panels);
+  /* The tokens are divided too where there are too few rows to go round, or too many tokens. */
+  int64_t parts = ceil_div(tokens, kMostTokensPerShare);
   if (!few)
     while (blocks * parts < 6 * threads && tokens / (parts + 1) >= kFewestTokensPerShare) parts++;
   int64_t per_part = ceil_div(ceil_div(tokens, parts), tile.tokens) * tile.tokens;
   parts = ceil_div(tokens, per_part);
+  int64_t scratch = 0;
+  for (auto &p : products) scratch = std::max(scratch, gemm_scratch(kernels, p, per_part));
   uint8_t *memory = few ? nullptr : workspace().scratch.get<uint8_t>(scratch * threads);
   parallel_for(blocks * parts, [&](int64_t item, int thread) {
     int64_t block = item / parts, part = item % parts;
@@ -193,7 +218,8 @@ void multiply_all(const pt_weight *const *weights, int count, const float *x, in
                           : prepared.floats();
     std::vector<Product> products;
     for (; first < count && form(*weights[first]) == group; first++)
-      products.push_back({weights[first], a, y[first], ldy[first]});
+      products.push_back({weights[first], a, nullptr, y[first], ldy[first]});
+    if (group) set_starts(products);
     multiply(kernels, products, tokens);
   }
 }
@@ -216,7 +242,9 @@ int32_t pt_quantize(const float *x, int64_t ldx, int64_t tokens, int32_t cols,
   return guarded([&] {
     Prepared prepared(active_kernels(), x, ldx, tokens, cols, *input);
     Activations a = prepared.quantized(padded(cols), 1, cols);
-    for (int64_t t = 0; t < tokens; t++) memcpy(codes + t * cols, a.codes + t * a.stride, cols);
+    for (int64_t t = 0; t < tokens; t++)
+      for (int64_t k = 0; k < cols; k += a.block)
+        memcpy(codes + t * cols + k, a.codes_at(t, k), std::min(a.block, cols - k));
     memcpy(scales, a.scales, tokens * a.scale_groups * sizeof(float));
   });
 }

@@ -11,7 +11,7 @@ namespace {
 
 /* 1 panel x 4 tokens: 16 registers of sums, 4 of weights, 4 of activations. */
 static const int kGemvTokens = 4;
-static constexpr TileShape kRowTile = {1, 4}, kGroupTile = {1, 4}, kFloatTile = {1, 4};
+static constexpr TileShape kTile = {1, 4}, kFloatTile = {1, 4};
 static constexpr TileShape kAttentionTile = {2, 2}; /* vectors, queries */
 
 struct Bytes { uint8x16_t v[4]; };
@@ -86,6 +86,14 @@ INLINE I32 dot(I32 sum, Bytes w, Quad x) {
   return sum;
 }
 INLINE int32_t first_lane(I32 a) { return vgetq_lane_s32(a.v[0], 0); }
+INLINE I32 load_bits(const float *from) {
+  I32 a;
+  UNROLL for (int i = 0; i < 4; i++) a.v[i] = vld1q_s32((const int32_t *)from + 4 * i);
+  return a;
+}
+INLINE void store_bits(float *to, I32 a) {
+  UNROLL for (int i = 0; i < 4; i++) vst1q_s32((int32_t *)to + 4 * i, a.v[i]);
+}
 INLINE I32 load_u8(const uint8_t *from) {
   uint8x16_t bytes = vld1q_u8(from);
   uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_u8(vget_high_u8(bytes));
@@ -249,6 +257,9 @@ INLINE F32 look_up(const FloatTable<Bits> &table, I32 index) {
 }
 INLINE void prefetch(const uint8_t *from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
+INLINE void prefetch_far(const uint8_t *from, int64_t bytes) { /* to the second cache */
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
 INLINE uint32_t largest_magnitude(const float *x, int64_t count) {

@@ -7,7 +7,7 @@ namespace {
 #define EACH(i, n) for (int i = 0; i < (n); i++)
 
 static const int kGemvTokens = 1;
-static constexpr TileShape kRowTile = {1, 1}, kGroupTile = {1, 1}, kFloatTile = {1, 1};
+static constexpr TileShape kTile = {1, 1}, kFloatTile = {1, 1};
 static constexpr TileShape kAttentionTile = {1, 1}; /* vectors, queries */
 
 struct Bytes { uint8_t at[64]; };
@@ -64,6 +64,12 @@ static inline I32 dot(I32 sum, Bytes w, Quad x) {
   return sum;
 }
 static inline int32_t first_lane(I32 a) { return a.at[0]; }
+static inline I32 load_bits(const float *from) {
+  I32 a;
+  __builtin_memcpy(a.at, from, sizeof a.at);
+  return a;
+}
+static inline void store_bits(float *to, const I32 &a) { __builtin_memcpy(to, a.at, sizeof a.at); }
 static inline I32 load_u8(const uint8_t *from) {
   I32 v;
   EACH(i, 16) v.at[i] = from[i];
@@ -188,6 +194,7 @@ static inline F32 look_up(const FloatTable<Bits> &table, I32 index) {
   return v;
 }
 static inline void prefetch(const uint8_t *, int64_t) {}
+static inline void prefetch_far(const uint8_t *, int64_t) {}
 
 static inline uint32_t largest_magnitude(const float *x, int64_t count) {
   uint32_t most = 0;

@@ -22,6 +22,25 @@ static const int64_t kAhead = 4096; /* bytes ahead of the reading that memory is
 
 /* ------------------------------------------------------------------------------- unpacking */
 
+/* Calls f(Constant<bits>) for the code width of a weight. */
+template <class F>
+INLINE void with_bits(int bits, F f) {
+  switch (bits) {
+    case 2: return f(Constant<2>{});
+    case 3: return f(Constant<3>{});
+    case 4: return f(Constant<4>{});
+    case 5: return f(Constant<5>{});
+    case 6: return f(Constant<6>{});
+    case 7: return f(Constant<7>{});
+    case 8: return f(Constant<8>{});
+  }
+}
+
+/* Where the codes of a panel lie, from column `begin` on, the first of a unit. */
+INLINE const uint8_t *codes_at(const pt_weight &w, int64_t panel, int64_t begin) {
+  return w.codes + panel * panel_bytes(w.cols, w.bits) + panel_bytes(begin, w.bits);
+}
+
 /* Step S of a unit of codes of `Bits` bits, as 64 bytes. */
 template <int Bits, int S>
 INLINE Bytes unpack_step(const uint8_t *unit) {
@@ -62,16 +81,25 @@ INLINE void unpack_unit(const uint8_t *unit, uint8_t *out, Bytes table) {
   store_bytes(out + 448, integer_step<Bits, Lookup, 7>(unit, table));
 }
 
-/* Panels [panel, panel + count) as bytes. */
+/* The codes of a block as bytes, panel by panel. */
 template <int Bits, bool Lookup>
-void unpack_panels(const pt_weight &w, int64_t panel, int64_t count, uint8_t *out) {
-  const int64_t units = units_of(w.cols);
+void unpack_block(const pt_weight &w, const Block &block, uint8_t *out) {
+  const int64_t units = units_of(block.end - block.begin);
   Bytes table = Lookup ? repeat16(w.lookup) : Bytes{};
-  const uint8_t *unit = w.codes + panel * units * unit_bytes(Bits);
-  for (int64_t u = 0; u < count * units; u++, unit += unit_bytes(Bits), out += kUnit * kPanel) {
-    prefetch(unit + kAhead, unit_bytes(Bits));
-    unpack_unit<Bits, Lookup>(unit, out, table);
+  for (int64_t panel = block.panel; panel < block.panel_end; panel++) {
+    const uint8_t *unit = codes_at(w, panel, block.begin);
+    for (int64_t u = 0; u < units; u++, unit += unit_bytes(Bits), out += kUnit * kPanel) {
+      prefetch(unit + kAhead, unit_bytes(Bits));
+      unpack_unit<Bits, Lookup>(unit, out, table);
+    }
   }
+}
+
+Codes unpack(const pt_weight &w, const Block &block, uint8_t *scratch) {
+  if (w.bits == 8) return {codes_at(w, block.panel, block.begin), panel_bytes(w.cols, 8)};
+  if (w.stage == PT_LOOKUP) unpack_block<4, true>(w, block, scratch);
+  else with_bits(w.bits, [&](auto bits) { unpack_block<decltype(bits)::value, false>(w, block, scratch); });
+  return {scratch, (block.end - block.begin) * kPanel};
 }
 
 /* ------------------------------------------------------------------------ integer products */
@@ -79,34 +107,30 @@ void unpack_panels(const pt_weight &w, int64_t panel, int64_t count, uint8_t *ou
 /* What a tile of P panels x T tokens reads and writes. */
 struct Tile {
   const Product &product;
-  const uint8_t *codes; /* of the first panel */
+  Codes codes; /* of the tile's panels, from column `begin` on */
   int64_t panel, token;
+  int64_t begin, end;       /* columns */
+  float *carried = nullptr; /* sums of the columns before, then of these too */
 };
 
-/* sums[c][p][t] += the products of steps First..Last of one unit. Chains c are independent: a lone
+/* sums[c][0][t] += the products of steps First..Last of one unit. Chains c are independent: a lone
  * accumulator would wait for its own latency. */
-template <int Bits, bool Lookup, bool Wide, int C, int P, int T, int First, int Last>
-INLINE void add_steps(I32 (&sums)[C][P][T], const uint8_t *unit, int64_t stride, const int8_t *x,
-                      int64_t ldx, Bytes table) {
+template <int Bits, bool Lookup, bool Wide, int C, int T, int First, int Last>
+INLINE void add_steps(I32 (&sums)[C][1][T], const uint8_t *unit, const int8_t *x, int64_t ldx, Bytes table) {
   if constexpr (First < Last) {
-    Bytes w[P];
-    UNROLL for (int p = 0; p < P; p++) w[p] = integer_step<Bits, Lookup, First>(unit + p * stride, table);
-    UNROLL for (int t = 0; t < T; t++) {
-      Quad q = broadcast4(x + t * ldx + First * kStep);
-      UNROLL for (int p = 0; p < P; p++)
-        sums[First % C][p][t] = dot<Wide>(sums[First % C][p][t], w[p], q);
-    }
-    add_steps<Bits, Lookup, Wide, C, P, T, First + 1, Last>(sums, unit, stride, x, ldx, table);
+    const Bytes w = integer_step<Bits, Lookup, First>(unit, table);
+    UNROLL for (int t = 0; t < T; t++)
+      sums[First % C][0][t] = dot<Wide>(sums[First % C][0][t], w, broadcast4(x + t * ldx + First * kStep));
+    add_steps<Bits, Lookup, Wide, C, T, First + 1, Last>(sums, unit, x, ldx, table);
   }
 }
 
 /* Integer sums of a segment start at -zero * sum(x): then `code - zero` needs no arithmetic. */
 template <int C, int P, int T>
 INLINE void start_segment(I32 (&sums)[C][P][T], const Tile &tile, int64_t segment) {
-  const Activations &x = tile.product.x;
+  const int32_t *starts = tile.product.starts + tile.token * tile.product.x.segments + segment;
   UNROLL for (int t = 0; t < T; t++) {
-    int32_t sum = x.sums[(tile.token + t) * x.segments + segment];
-    I32 start = set_i32(-tile.product.weight->zero * sum);
+    I32 start = set_i32(starts[t * tile.product.x.segments]);
     UNROLL for (int p = 0; p < P; p++) {
       sums[0][p][t] = start;
       UNROLL for (int c = 1; c < C; c++) sums[c][p][t] = set_i32(0);
@@ -114,28 +138,37 @@ INLINE void start_segment(I32 (&sums)[C][P][T], const Tile &tile, int64_t segmen
   }
 }
 
-/* floats = fma(float(sums), scale, floats) */
-template <int C, int P, int T>
-INLINE void end_segment(I32 (&sums)[C][P][T], F32 (&floats)[P][T], const Tile &tile, int64_t segment) {
+/* What the sums of a segment are multiplied with, known when compiling for the usual cases. */
+enum Scales { kRows, kRowsAndTokens, kAny };
+
+INLINE Scales scales_of(const Product &product) {
+  if (product.weight->zeros) return kAny;
+  return product.x.scale_groups > 1 ? kRowsAndTokens : kRows;
+}
+
+/* Calls add(p, t, float(sum), scale) for the sums of a finished segment. */
+template <Scales Kind, int C, int P, int T, class F>
+INLINE void end_segment(I32 (&sums)[C][P][T], const Tile &tile, int64_t segment, F add_product) {
   const pt_weight &w = *tile.product.weight;
   const Activations &x = tile.product.x;
   /* Divisions are slow, and one segment per group is the rule. */
-  const int64_t groups = x.weight_groups;
   const int64_t group = x.segments_per_group == 1 ? segment : segment / x.segments_per_group;
+  const int64_t x_group = x.segments_per_scale == 1 ? segment : segment / x.segments_per_scale;
+  const int64_t segments = x.segments, scale_groups = x.scale_groups;
+  const int32_t *x_sums = x.sums + tile.token * segments + segment;
+  const float *x_scales = x.scales + tile.token * scale_groups + x_group;
+  const uint8_t *zeros = Kind == kAny ? w.zeros : nullptr;
+  const bool token_scales = Kind == kRowsAndTokens || (Kind == kAny && scale_groups > 1);
   UNROLL for (int p = 0; p < P; p++) {
-    int64_t at = ((tile.panel + p) * groups + group) * kPanel;
-    F32 scale = load_scales(w, at);
+    const int64_t at = ((tile.panel + p) * x.weight_groups + group) * kPanel;
+    const F32 scale = load_scales(w, at);
     UNROLL for (int t = 0; t < T; t++) {
       I32 sum = sums[0][p][t];
       UNROLL for (int c = 1; c < C; c++) sum = add(sum, sums[c][p][t]);
-      const int64_t token = tile.token + t;
-      if (w.zeros) sum = subtract_product(sum, w.zeros + at, x.sums[token * x.segments + segment]);
+      if (zeros) sum = subtract_product(sum, zeros + at, x_sums[t * segments]);
       F32 factor = scale;
-      if (x.scale_groups > 1) {
-        int64_t xg = segment / x.segments_per_scale;
-        factor = mul(scale, set_f32(x.scales[token * x.scale_groups + xg]));
-      }
-      floats[p][t] = fma(to_f32(sum), factor, floats[p][t]);
+      if (token_scales) factor = mul(scale, set_f32(x_scales[t * scale_groups]));
+      add_product(p, t, to_f32(sum), factor);
     }
   }
 }
@@ -158,28 +191,31 @@ INLINE void write_tile(F32 (&floats)[P][T], const Tile &tile) {
   }
 }
 
-template <int Bits, bool Lookup, bool Wide, int P, int T>
-void integer_tile(const Tile &tile) {
+/* A panel x T tokens, unpacked on the way. */
+template <int Bits, bool Lookup, bool Wide, int T>
+void packed_tile(const Tile &tile) {
   const pt_weight &w = *tile.product.weight;
   const Activations &x = tile.product.x;
-  const int64_t units = units_of(w.cols), stride = units * unit_bytes(Bits);
-  const int8_t *codes = x.codes + tile.token * x.stride;
-  const uint8_t *unit = tile.codes;
+  const int64_t units = units_of(w.cols);
+  const int8_t *codes = x.codes_at(tile.token, 0);
+  const uint8_t *unit = tile.codes.first;
   Bytes table = Lookup ? repeat16(w.lookup) : Bytes{};
-  constexpr int C = P * T == 1 ? 4 : P * T == 2 ? 2 : 1;
-  I32 sums[C][P][T];
-  F32 floats[P][T];
-  UNROLL for (int p = 0; p < P; p++)
-    UNROLL for (int t = 0; t < T; t++) floats[p][t] = set_f32(0.0f);
+  constexpr int C = T == 1 ? 4 : T == 2 ? 2 : 1;
+  I32 sums[C][1][T];
+  F32 floats[1][T];
+  UNROLL for (int t = 0; t < T; t++) floats[0][t] = set_f32(0.0f);
+  auto add_product = [&](int, int t, F32 sum, F32 factor) INLINE_LAMBDA {
+    floats[0][t] = fma(sum, factor, floats[0][t]);
+  };
   if (x.segment == kUnit / 2) { /* two segments a unit */
     for (int64_t u = 0; u < units; u++, unit += unit_bytes(Bits), codes += kUnit) {
       start_segment(sums, tile, 2 * u);
-      add_steps<Bits, Lookup, Wide, C, P, T, 0, 4>(sums, unit, stride, codes, x.stride, table);
-      end_segment(sums, floats, tile, 2 * u);
+      add_steps<Bits, Lookup, Wide, C, T, 0, 4>(sums, unit, codes, x.stride, table);
+      end_segment<kAny>(sums, tile, 2 * u, add_product);
       if (2 * u + 1 == x.segments) break;
       start_segment(sums, tile, 2 * u + 1);
-      add_steps<Bits, Lookup, Wide, C, P, T, 4, 8>(sums, unit, stride, codes, x.stride, table);
-      end_segment(sums, floats, tile, 2 * u + 1);
+      add_steps<Bits, Lookup, Wide, C, T, 4, 8>(sums, unit, codes, x.stride, table);
+      end_segment<kAny>(sums, tile, 2 * u + 1, add_product);
     }
   } else {
     int64_t u = 0;
@@ -188,12 +224,69 @@ void integer_tile(const Tile &tile) {
       if (end > units) end = units;
       start_segment(sums, tile, segment);
       for (; u < end; u++, unit += unit_bytes(Bits), codes += kUnit) {
-        if constexpr (P == 1) prefetch(unit + kAhead, unit_bytes(Bits));
-        add_steps<Bits, Lookup, Wide, C, P, T, 0, 8>(sums, unit, stride, codes, x.stride, table);
+        prefetch(unit + kAhead, unit_bytes(Bits));
+        add_steps<Bits, Lookup, Wide, C, T, 0, 8>(sums, unit, codes, x.stride, table);
       }
-      end_segment(sums, floats, tile, segment);
+      end_segment<kAny>(sums, tile, segment, add_product);
     }
   }
+  write_tile(floats, tile);
+}
+
+/* P panels x T tokens x a block of columns, unpacked before. Only integer sums have room in the
+ * registers: floats stay in `carried`, as do the sums of a single segment between two blocks. */
+template <bool Wide, Scales Kind, int P, int T>
+void byte_tile(const Tile &tile) {
+  const pt_weight &w = *tile.product.weight;
+  const Activations &x = tile.product.x;
+  const int64_t stride = tile.codes.stride, ldx = x.stride;
+  const int8_t *block = x.codes_at(tile.token, tile.begin);
+  const bool first = tile.begin == 0, last = tile.end == padded(w.cols), one = x.segments == 1;
+  I32 sums[1][P][T];
+  float *const sums_aside = tile.carried;
+  auto carried = [=](int p, int t) INLINE_LAMBDA { return sums_aside + (p * T + t) * kPanel; };
+  if (first)
+    UNROLL for (int i = 0; i < P * T; i++) store_some(sums_aside + i * kPanel, set_f32(0.0f), kPanel);
+  if (last) {
+    const float *y = tile.product.y + tile.token * tile.product.ldy + tile.panel * kPanel;
+    UNROLL for (int t = 0; t < T; t++)
+      prefetch_far((const uint8_t *)(y + t * tile.product.ldy), P * kVector);
+  }
+  int64_t segment = one ? 0 : tile.begin / x.segment;
+  /* Half a unit of padding is no segment. */
+  for (int64_t begin = tile.begin; begin < tile.end && segment < x.segments; segment++) {
+    const int64_t end = !one && begin + x.segment < tile.end ? begin + x.segment : tile.end;
+    if (first || !one) {
+      start_segment(sums, tile, segment);
+    } else {
+      UNROLL for (int p = 0; p < P; p++)
+        UNROLL for (int t = 0; t < T; t++) sums[0][p][t] = load_bits(carried(p, t));
+    }
+    const uint8_t *codes = tile.codes.first + (begin - tile.begin) * kPanel;
+    const int8_t *values = block + begin - tile.begin;
+    for (; begin < end; begin += kStep, codes += kVector, values += kStep) {
+      Bytes step[P];
+      UNROLL for (int p = 0; p < P; p++) step[p] = load_bytes(codes + p * stride);
+      UNROLL for (int t = 0; t < T; t++) {
+        Quad four = broadcast4(values + t * ldx);
+        UNROLL for (int p = 0; p < P; p++) sums[0][p][t] = dot<Wide>(sums[0][p][t], step[p], four);
+      }
+    }
+    if (one && !last) {
+      UNROLL for (int p = 0; p < P; p++)
+        UNROLL for (int t = 0; t < T; t++) store_bits(carried(p, t), sums[0][p][t]);
+      return;
+    }
+    /* A single segment has left integers here. */
+    end_segment<Kind>(sums, tile, segment, [=](int p, int t, F32 sum, F32 factor) INLINE_LAMBDA {
+      F32 before = one ? set_f32(0.0f) : load_floats(carried(p, t));
+      store_some(carried(p, t), fma(sum, factor, before), kPanel);
+    });
+  }
+  if (!last) return;
+  F32 floats[P][T];
+  UNROLL for (int p = 0; p < P; p++)
+    UNROLL for (int t = 0; t < T; t++) floats[p][t] = load_floats(carried(p, t));
   write_tile(floats, tile);
 }
 
@@ -351,9 +444,9 @@ INLINE F32 load_zero(const pt_weight &w, int64_t at) {
   return w.zeros ? to_f32(load_u8(w.zeros + at)) : set_f32((float)w.zero);
 }
 
-/* A tile over `Weights`, each panel `stride` bytes after the one before. */
+/* A tile over `Weights`, all columns. */
 template <class Weights, int P, int T>
-void float_tile(const Tile &tile, int64_t stride) {
+void float_tile(const Tile &tile) {
   const pt_weight &w = *tile.product.weight;
   const Activations &x = tile.product.x;
   const int64_t steps = padded(w.cols) / kStep, groups = ceil_div(w.cols, w.group);
@@ -373,7 +466,7 @@ void float_tile(const Tile &tile, int64_t stride) {
     while (step < end) {
       int64_t first = step % unit_steps, left = end - (step - first);
       int64_t last = left < unit_steps ? left : unit_steps;
-      weights.add(sums, tile.codes, step / unit_steps, stride, values + (step - first) * kStep,
+      weights.add(sums, tile.codes.first, step / unit_steps, tile.codes.stride, values + (step - first) * kStep,
                   x.stride, first, last, zero);
       step += last - first;
     }
@@ -435,20 +528,6 @@ INLINE void for_tiles(const Share &s, F tile) {
   }
 }
 
-/* Calls f(Constant<bits>) for the code width of a weight. */
-template <class F>
-INLINE void with_bits(int bits, F f) {
-  switch (bits) {
-    case 2: return f(Constant<2>{});
-    case 3: return f(Constant<3>{});
-    case 4: return f(Constant<4>{});
-    case 5: return f(Constant<5>{});
-    case 6: return f(Constant<6>{});
-    case 7: return f(Constant<7>{});
-    case 8: return f(Constant<8>{});
-  }
-}
-
 /* Calls f with a value of the type that reads a weight as floats. */
 template <class F>
 INLINE void with_float_weights(const pt_weight &w, F f) {
@@ -469,23 +548,24 @@ INLINE void with_float_weights(const pt_weight &w, F f) {
 
 template <int Bits, bool Lookup>
 void integer_gemv(const Product &product, const Share &share) {
-  int64_t bytes = panel_bytes(product.weight->cols, Bits);
+  const pt_weight &w = *product.weight;
   for_tiles<1, kGemvTokens>(share, [&](auto, auto tokens, int64_t panel, int64_t token) {
-    Tile tile{product, product.weight->codes + panel * bytes, panel, token};
-    integer_tile<Bits, Lookup, Bits == 8, 1, decltype(tokens)::value>(tile);
+    Tile tile{product, {codes_at(w, panel, 0), 0}, panel, token, 0, padded(w.cols)};
+    packed_tile<Bits, Lookup, Bits == 8, decltype(tokens)::value>(tile);
   });
 }
 
 template <class Weights>
 void float_gemv(const Product &product, const Share &share) {
-  int64_t bytes = float_panel_bytes(*product.weight);
+  const pt_weight &w = *product.weight;
+  const int64_t bytes = float_panel_bytes(w);
   auto run = [&](auto panels, auto tokens, int64_t panel, int64_t token) {
-    Tile tile{product, product.weight->codes + panel * bytes, panel, token};
-    float_tile<Weights, decltype(panels)::value, decltype(tokens)::value>(tile, bytes);
+    Tile tile{product, {w.codes + panel * bytes, bytes}, panel, token, 0, padded(w.cols)};
+    float_tile<Weights, decltype(panels)::value, decltype(tokens)::value>(tile);
   };
   /* One token takes several panels at a time, so that several sums are under way; rows of floats
    * are 16 streams of memory as it is. */
-  const bool one = share.token_end - share.token == 1 && product.weight->stage != PT_ROWS;
+  const bool one = share.token_end - share.token == 1 && w.stage != PT_ROWS;
   if (one) for_tiles<kGemvTokens, 1>(share, run);
   else for_tiles<1, kGemvTokens>(share, run);
 }
@@ -503,66 +583,117 @@ void gemv(const Product &product, const Share &share) {
   }
 }
 
-/* Unpacks panels [panel, panel + count) for `gemm`; what needs no unpacking stays in place. */
-const uint8_t *unpack(const Product &product, int64_t panel, int64_t count, uint8_t *scratch) {
-  const pt_weight &w = *product.weight;
-  bool integers = in_integers(product);
-  if (w.stage != PT_ROWS && w.bits == (integers ? 8 : 32)) return w.codes + panel * panel_bytes(w.cols, w.bits);
-  if (!integers) {
-    with_float_weights(w, [&](auto weights) {
-      unpack_floats<decltype(weights)>(w, panel, count, (float *)scratch);
-    });
-  } else if (w.stage == PT_LOOKUP) {
-    unpack_panels<4, true>(w, panel, count, scratch);
-  } else {
-    with_bits(w.bits, [&](auto bits) {
-      unpack_panels<decltype(bits)::value, false>(w, panel, count, scratch);
-    });
+/* Asks for the packed codes of a block, a part at every step, while another is multiplied. */
+class Ahead {
+ public:
+  Ahead(const pt_weight &w, const Block &block, int64_t steps)
+      : w_(w), block_(block), bytes_(panel_bytes(block.end - block.begin, w.bits)),
+        left_(block.panel_end > block.panel ? bytes_ : 0),
+        part_(ceil_div(bytes_ * (block.panel_end - block.panel), steps * kVector) * kVector) {
+    if (left_) at_ = codes_at(w, block.panel, block.begin);
   }
-  return scratch;
+
+  void step() {
+    for (int64_t part = part_; part > 0 && left_ > 0;) {
+      const int64_t bytes = part < left_ ? part : left_;
+      prefetch_far(at_, bytes);
+      part -= bytes, left_ -= bytes, at_ += bytes;
+      if (!left_ && ++block_.panel < block_.panel_end)
+        at_ = codes_at(w_, block_.panel, block_.begin), left_ = bytes_;
+    }
+  }
+
+ private:
+  const pt_weight &w_;
+  Block block_;
+  const uint8_t *at_ = nullptr;
+  const int64_t bytes_;
+  int64_t left_, part_;
+};
+
+/* Walks a share block by block, up to `panels` panels at a time: multiply(block, ahead, carried),
+ * where `ahead` is of the block that follows. */
+template <class F>
+void for_blocks(const Product &product, const Share &share, int64_t panels, int64_t steps,
+                float *carried, F multiply) {
+  const pt_weight &w = *product.weight;
+  const int64_t cols = padded(w.cols), tokens = share.token_end - share.token;
+  auto block_at = [&](int64_t panel, int64_t begin) {
+    int64_t end = panel + panels, last = begin + product.x.block;
+    return Block{panel, end < share.panel_end ? end : share.panel_end, begin, last < cols ? last : cols};
+  };
+  for (int64_t begin = 0; begin < cols; begin += product.x.block)
+    for (int64_t panel = share.panel; panel < share.panel_end; panel += panels) {
+      const Block block = block_at(panel, begin);
+      Block next{0, 0, 0, 0};
+      if (block.panel_end < share.panel_end) next = block_at(block.panel_end, begin);
+      else if (block.end < cols) next = block_at(share.panel, block.end);
+      Ahead ahead(w, next, steps);
+      multiply(block, ahead, carried + (panel - share.panel) * tokens * kPanel);
+    }
 }
 
-/* A whole block of panels, unpacked at `codes`, times a range of tokens. */
 template <int P, int T>
-void integer_block(const Product &product, const Share &block, const uint8_t *codes) {
-  const int64_t bytes = panel_bytes(product.weight->cols, 8);
-  for_tiles<P, T>(block, [&](auto panels, auto tokens, int64_t panel, int64_t token) {
-    constexpr int p = decltype(panels)::value, t = decltype(tokens)::value;
-    Tile tile{product, codes + (panel - block.panel) * bytes, panel, token};
-    if (product.weight->bits == 8) integer_tile<8, false, true, p, t>(tile);
-    else integer_tile<8, false, false, p, t>(tile);
+void multiply_bytes(const Tile &tile) {
+  const bool wide = tile.product.weight->bits == 8;
+  switch (scales_of(tile.product)) {
+    case kRows: return wide ? byte_tile<true, kRows, P, T>(tile) : byte_tile<false, kRows, P, T>(tile);
+    case kRowsAndTokens:
+      return wide ? byte_tile<true, kRowsAndTokens, P, T>(tile)
+                  : byte_tile<false, kRowsAndTokens, P, T>(tile);
+    case kAny: return wide ? byte_tile<true, kAny, P, T>(tile) : byte_tile<false, kAny, P, T>(tile);
+  }
+}
+
+void integer_gemm(const Product &product, const Share &share, uint8_t *scratch) {
+  const int64_t tokens = share.token_end - share.token;
+  float *sums = (float *)(scratch + panel_bytes(product.x.block, 8) * kTile.panels);
+  for_blocks(product, share, kTile.panels, ceil_div(tokens, kTile.tokens), sums,
+             [&](const Block &block, Ahead &ahead, float *carried) {
+    const Codes codes = unpack(*product.weight, block, scratch);
+    Share part{block.panel, block.panel_end, share.token, share.token_end};
+    for_tiles<kTile.panels, kTile.tokens>(part, [&](auto panels, auto tokens, int64_t panel, int64_t token) {
+      constexpr int p = decltype(panels)::value, t = decltype(tokens)::value;
+      /* Nothing is carried where there is one block: every tile may use the same memory. */
+      const int64_t before = block.end - block.begin == padded(product.weight->cols)
+          ? 0 : (token - part.token) * (part.panel_end - part.panel) + (panel - part.panel) * t;
+      Tile tile{product, {codes.first + (panel - part.panel) * codes.stride, codes.stride},
+                panel, token, block.begin, block.end, carried + before * kPanel};
+      ahead.step();
+      multiply_bytes<p, t>(tile);
+    });
   });
 }
 
-void float_block(const Product &product, const Share &block, const uint8_t *codes) {
-  const int64_t bytes = panel_bytes(product.weight->cols, 32);
-  pt_weight zeroed = *product.weight; /* unpacked codes have their zero points subtracted */
+void float_gemm(const Product &product, const Share &share, uint8_t *scratch) {
+  const pt_weight &w = *product.weight;
+  const int64_t bytes = panel_bytes(w.cols, 32);
+  pt_weight zeroed = w; /* unpacked codes have their zero points subtracted */
   zeroed.stage = PT_FLOAT, zeroed.zero = 0, zeroed.zeros = nullptr;
   Product floats = product;
   floats.weight = &zeroed;
-  for_tiles<kFloatTile.panels, kFloatTile.tokens>(
-      block, [&](auto panels, auto tokens, int64_t panel, int64_t token) {
-        Tile tile{floats, codes + (panel - block.panel) * bytes, panel, token};
-        float_tile<FloatWeights<32, false>, decltype(panels)::value, decltype(tokens)::value>(tile, bytes);
-      });
+  for (int64_t first = share.panel; first < share.panel_end; first += kFloatTile.panels) {
+    const int64_t end = first + kFloatTile.panels < share.panel_end ? first + kFloatTile.panels : share.panel_end;
+    const uint8_t *codes = scratch;
+    if (w.stage == PT_FLOAT && w.bits == 32) codes = w.codes + first * bytes;
+    else with_float_weights(w, [&](auto weights) {
+      unpack_floats<decltype(weights)>(w, first, end - first, (float *)scratch);
+    });
+    for_tiles<kFloatTile.panels, kFloatTile.tokens>(
+        {first, end, share.token, share.token_end}, [&](auto panels, auto tokens, int64_t panel, int64_t token) {
+          Tile tile{floats, {codes + (panel - first) * bytes, bytes}, panel, token, 0, padded(w.cols)};
+          float_tile<FloatWeights<32, false>, decltype(panels)::value, decltype(tokens)::value>(tile);
+        });
+  }
 }
 
-/* One sum per row fills the registers with integers; with several they share them with floats. */
 TileShape gemm_tile(const Product &product) {
-  if (!in_integers(product)) return kFloatTile;
-  return product.x.segments == 1 ? kRowTile : kGroupTile;
+  return in_integers(product) ? kTile : kFloatTile;
 }
 
 void gemm(const Product &product, const Share &share, uint8_t *scratch) {
-  const int64_t panels = gemm_tile(product).panels;
-  for (int64_t first = share.panel; first < share.panel_end; first += panels) {
-    int64_t end = first + panels < share.panel_end ? first + panels : share.panel_end;
-    const uint8_t *codes = unpack(product, first, end - first, scratch);
-    Share block{first, end, share.token, share.token_end};
-    if (!in_integers(product)) float_block(product, block, codes);
-    else if (product.x.segments == 1) integer_block<kRowTile.panels, kRowTile.tokens>(product, block, codes);
-    else integer_block<kGroupTile.panels, kGroupTile.tokens>(product, block, codes);
-  }
+  if (in_integers(product)) integer_gemm(product, share, scratch);
+  else float_gemm(product, share, scratch);
 }
 
 /* ------------------------------------------------------------ quantization of activations */
@@ -596,21 +727,34 @@ void rotate(float *x, int64_t cols) {
       }
       h = kPanel;
     }
+    const bool whole = block >= kPanel;
     for (; h < block; h *= 2)
       for (int64_t i = 0; i < block; i += 2 * h)
-        for (int64_t j = i; j < i + h; j++) {
-          float a = run[j], b = run[j + h];
-          run[j] = a + b, run[j + h] = a - b;
+        for (int64_t j = i; j < i + h; j += whole ? kPanel : 1) {
+          const int64_t count = whole ? kPanel : 1;
+          F32 a = load_some(run + j, count), b = load_some(run + j + h, count);
+          store_some(run + j, add(a, b), count), store_some(run + j + h, subtract(a, b), count);
         }
-    for (int64_t i = 0; i < block; i++) run[i] *= norm;
+    for (int64_t i = 0; i < block; i += kPanel) {
+      const int64_t count = block - i < kPanel ? block - i : kPanel;
+      store_some(run + i, mul(load_some(run + i, count), set_f32(norm)), count);
+    }
   }
+}
+
+/* Codes of columns [begin, end), which may lie in several blocks; `scale` is not finite where an
+ * activation is not. */
+void encode_columns(const float *x, int64_t begin, int64_t end, float scale, const pt_input &in,
+                    bool finite, int8_t *codes) {
+  if (finite) return encode(x + begin, end - begin, scale, in, codes);
+  for (int64_t k = begin; k < end; k++) codes[k - begin] = (int8_t)code_of(x[k], scale, in);
 }
 
 void quantize(const float *x, int64_t ldx, int64_t cols, const pt_input &in, int64_t first,
               int64_t last, Activations &out) {
+  const int64_t whole = padded(cols);
   for (int64_t token = first; token < last; token++) {
     const float *row = x + token * ldx;
-    int8_t *codes = const_cast<int8_t *>(out.codes) + token * out.stride;
     float *scales = const_cast<float *>(out.scales) + token * out.scale_groups;
     int32_t *sums = const_cast<int32_t *>(out.sums) + token * out.segments;
     for (int64_t g = 0; g < out.scale_groups; g++) {
@@ -618,15 +762,22 @@ void quantize(const float *x, int64_t ldx, int64_t cols, const pt_input &in, int
       if (end > cols) end = cols;
       uint32_t absmax = largest_magnitude(row + begin, end - begin);
       scales[g] = scale_of(absmax, in);
-      if (absmax < 0x7f800000u)
-        encode(row + begin, end - begin, scales[g], in, codes + begin);
-      else
-        for (int64_t k = begin; k < end; k++) codes[k] = (int8_t)code_of(row[k], scales[g], in);
+      while (begin < end) {
+        int64_t run = out.block - begin % out.block, to = begin + run < end ? begin + run : end;
+        encode_columns(row, begin, to, scales[g], in, absmax < 0x7f800000u,
+                       const_cast<int8_t *>(out.codes_at(token, begin)));
+        begin = to;
+      }
     }
-    for (int64_t k = cols; k < out.stride; k++) codes[k] = 0;
+    for (int64_t k = cols; k < whole; k++) *const_cast<int8_t *>(out.codes_at(token, k)) = 0;
     for (int64_t s = 0; s < out.segments; s++) {
       int64_t begin = s * out.segment, end = begin + out.segment;
-      sums[s] = sum_of(codes + begin, (end < out.stride ? end : out.stride) - begin);
+      if (end > whole) end = whole;
+      sums[s] = 0;
+      for (; begin < end; begin += out.block - begin % out.block) {
+        int64_t left = out.block - begin % out.block;
+        sums[s] += sum_of(out.codes_at(token, begin), left < end - begin ? left : end - begin);
+      }
     }
   }
 }
@@ -649,7 +800,7 @@ int32_t multiply_registers(int64_t rounds) {
   const uint8_t codes[kVector] = {1, 2, 3};
   Bytes w = load_bytes(codes);
   Quad x = broadcast4((const int8_t *)codes);
-  constexpr int n = kRowTile.panels * kRowTile.tokens < 4 ? 4 : kRowTile.panels * kRowTile.tokens;
+  constexpr int n = kTile.panels * kTile.tokens < 4 ? 4 : kTile.panels * kTile.tokens;
   I32 sums[n];
   UNROLL for (int i = 0; i < n; i++) sums[i] = set_i32(i);
   for (int64_t r = 0; r < rounds * 16 / n; r++) {
