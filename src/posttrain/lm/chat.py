@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import kernels
-from posttrain.lm.local import Messages, generate, load
-from posttrain.models.load import set_resident
+from posttrain.lm.local import Messages, generate
+from posttrain.models.direct import open_direct
 
 Stream = Callable[[str], Any]
 
@@ -15,7 +15,11 @@ MEMORY_SHARE = 0.5  # of the free memory that expanded weights may take
 
 
 class Conversation:
-    """Chat messages with a loaded model; every question carries the history before it."""
+    """Chat messages with a model; every question carries the history before it.
+
+    `model` only generates where its files can be read without transformers (`models.direct`), else
+    it is the transformers model.
+    """
 
     def __init__(self, model: str | Path, *, system: str | None = None) -> None:
         self.model = _open(model)
@@ -40,7 +44,12 @@ class Conversation:
 def _open(model: str | Path) -> Any:
     """The model, ready to answer. Where PyTorch has to run it, its weights are expanded if memory
     allows: expanding them again for every token costs far more than the token itself."""
+    direct = open_direct(model)
+    if direct is not None:
+        return direct
     import psutil
+
+    from posttrain.models.load import load, set_resident
 
     loaded = load(model)
     needed = loaded.posttrain["parameters"] * loaded.dtype.itemsize

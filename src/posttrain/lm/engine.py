@@ -16,6 +16,7 @@ from torch import Tensor
 from posttrain import kernels
 from posttrain.kernels import Decoder, Memory, Sampling
 from posttrain.models.decoding import decoder, no_decoder
+from posttrain.models.direct import DirectModel
 from posttrain.models.linear import QuantLinear, on_kernels
 
 Tokens = Sequence[int]
@@ -124,6 +125,8 @@ _made: "WeakKeyDictionary[Any, tuple[Any, NativeEngine]]" = WeakKeyDictionary()
 
 def engine(model: Any) -> Engine:
     """The engine to run `model` on. The first call on a quantized model repacks its codes."""
+    if isinstance(model, DirectModel):
+        return NativeEngine(model.decoder)
     if no_decoder(model) is not None:
         return TorchEngine(model)
     kept = _made.get(model)

@@ -15,7 +15,6 @@ from posttrain.errors import UserError
 from posttrain.kernels import Sampling
 from posttrain.lm.engine import AT_ONCE, continuations, engine
 from posttrain.lm.tokens import generate_tokens, is_text
-from posttrain.models import load as models
 
 Messages = list[dict[str, str]]
 Prompt = str | Messages
@@ -41,6 +40,8 @@ def load(model: str | Path, *, dtype: str | torch.dtype = "auto", resident: str 
     `.generate` takes text or chat messages and runs on the native decoder (see `generate_with`).
     Raises UserError for anything wrong with the files.
     """
+    from posttrain.models import load as models  # imports much that `generate` need not
+
     loaded = models.load(model, dtype=dtype, resident=resident)
     loaded.generate = MethodType(generate_with, loaded)
     return loaded

@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 from posttrain.errors import UserError
 from posttrain.models import compressed_tensors, native
 from posttrain.models.base import Source
+from posttrain.models.directory import MARKER
 from posttrain.models.plan import LayerPlan, shorten
 from posttrain.models.shards import read_header
 from posttrain.models.walk import skeleton, tied_head
 from posttrain.numbers import QTensor
 
-MARKER = "posttrain-unfinished.json"
 # Shards are written here and moved out whole: safetensors leaves files of its own when it is killed.
 PARTS = ".posttrain-parts"
 INDEX = "model.safetensors.index.json"

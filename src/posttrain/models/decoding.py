@@ -1,12 +1,13 @@
-"""A loaded model as a native decoder: which architectures, and where their parts are.
+"""A model as a native decoder: which architectures, and how each puts its parts together.
 
-`decoder(model)` reads everything from the model's own modules, so it needs no table of sizes; what
-it must know is how an architecture puts them together, and that is only so for MODEL_TYPES.
+`assemble` builds the decoder of an architecture in MODEL_TYPES from its config and its weights by
+name. Both can come from a loaded model (`decoder`) or from the files of a checkpoint (`direct`).
 Weights are not copied: quantized layers lend their codes, all others are multiplied where they lie.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,28 +15,148 @@ from torch import Tensor, nn
 from posttrain import kernels
 from posttrain.errors import UserError
 from posttrain.kernels import BlockWeights, Decoder, Dimensions, InputFormat, PackedLinear
+from posttrain.kernels.decoder import Angles
 from posttrain.kernels.packed import PackedWeight
 from posttrain.models.linear import QuantLinear, TiedEmbedding
 from posttrain.models.memory import trim
-from posttrain.models.walk import decoder_blocks
 
 # Blocks of a residual stream with RMS norms, rotary embeddings in halves, grouped queries and a
-# gated feed-forward layer, under these module names.
+# gated feed-forward layer, under the module names of Llama.
 MODEL_TYPES = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma", "gemma2", "gemma3_text",
 )  # fmt: skip
 # Norms of these multiply by 1 + weight, and they scale embeddings by the square root of the width.
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
+HEAD_NORMS = ("qwen3", "gemma3_text")  # each head's queries and keys are normed
+FOUR_NORMS = ("gemma2", "gemma3_text")  # what attention and the feed-forward layer give is normed
+# By the name in the config.
 ACTIVATIONS = {
-    "SiLUActivation": "silu",
-    "SiLU": "silu",
-    "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-    "GELUActivation": "gelu",
-    "ReLU": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
 }
+# Field of `BlockWeights` -> module.
+LINEARS = {
+    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+}  # fmt: skip
 # Scalings whose angles depend on how long the sequence is.
 CHANGING_ROPES = ("dynamic", "longrope")
+
+
+class Weights(Protocol):
+    """The weights of one model, by the names of their modules."""
+
+    def linear(self, name: str) -> PackedLinear: ...
+
+    def embedding(self, name: str) -> PackedWeight: ...
+
+    def gain(self, name: str) -> Tensor:
+        """The weight of a norm in float32, as stored."""
+        ...
+
+
+def assemble(
+    config: Any, weights: Weights, angles: Angles, *, rotary: int, changing: bool = False
+) -> Decoder:
+    """The native decoder of one of MODEL_TYPES. Blocks are packed side by side.
+
+    config: the fields of its config, as attributes. angles, rotary, changing: see `Decoder`.
+    """
+    gemma = config.model_type in GEMMAS
+
+    def gain(name: str) -> Tensor:
+        return weights.gain(name) + 1 if gemma else weights.gain(name)
+
+    def block(index: int) -> BlockWeights:
+        at = f"model.layers.{index}."
+        linears = {part: weights.linear(at + name) for part, name in LINEARS.items()}
+        gains = {part: gain(at + name) for part, name in norms(config.model_type).items()}
+        place = {"window": _window(config, index), "rope": _rope(config, index)}
+        return BlockWeights(**linears, **gains, **place)  # type: ignore[arg-type]
+
+    with ThreadPoolExecutor(kernels.threads()) as pool:
+        largest = pool.submit(weights.linear, "lm_head")
+        blocks = list(pool.map(block, range(config.num_hidden_layers)))
+        head = largest.result()
+    embedding, norm = weights.embedding("model.embed_tokens"), gain("model.norm")
+    trim()  # codes as they were stored are gone
+    dimensions = _dimensions(config, rotary)
+    return Decoder(dimensions, blocks, embedding, head, norm, angles, changing)
+
+
+def norms(model_type: str) -> dict[str, str]:
+    """Field of `BlockWeights` -> module, for the norms of a block."""
+    found = {"attention_norm": "input_layernorm"}
+    if model_type in FOUR_NORMS:
+        found["attention_out_norm"] = "post_attention_layernorm"
+        found["mlp_norm"] = "pre_feedforward_layernorm"
+        found["mlp_out_norm"] = "post_feedforward_layernorm"
+    else:
+        found["mlp_norm"] = "post_attention_layernorm"
+    if model_type in HEAD_NORMS:
+        found |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+    return found
+
+
+def head_size(config: Any) -> int:
+    """Channels of an attention head."""
+    size = getattr(config, "head_dim", None)
+    return int(size or config.hidden_size // config.num_attention_heads)
+
+
+def _dimensions(config: Any, rotary: int) -> Dimensions:
+    width, size = config.hidden_size, head_size(config)
+    scale = getattr(config, "query_pre_attn_scalar", size) ** -0.5
+    return Dimensions(
+        width=width,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_size=size,
+        rotary=rotary,
+        vocabulary=config.vocab_size,
+        activation=ACTIVATIONS[_activation(config)],
+        eps=float(config.rms_norm_eps),
+        attention_scale=float(getattr(config, "attention_multiplier", scale)),
+        embedding_scale=width**0.5
+        if config.model_type in GEMMAS
+        else float(getattr(config, "embedding_multiplier", 1)),
+        residual_scale=float(getattr(config, "residual_multiplier", 1)),
+        logit_scale=1 / float(getattr(config, "logits_scaling", 1)),
+        attention_cap=float(getattr(config, "attn_logit_softcapping", None) or 0),
+        logit_cap=float(getattr(config, "final_logit_softcapping", None) or 0),
+    )
+
+
+def _activation(config: Any) -> str:
+    gemma = config.model_type in FOUR_NORMS
+    return str(config.hidden_activation if gemma else config.hidden_act)
+
+
+def _layer_type(config: Any, index: int) -> str | None:
+    kinds = getattr(config, "layer_types", None)
+    return kinds[index] if kinds else None
+
+
+def _window(config: Any, index: int) -> int:
+    kind = _layer_type(config, index)
+    sliding = kind == "sliding_attention" or (kind is None and config.model_type == "mistral")
+    sliding = sliding and getattr(config, "use_sliding_window", True)
+    return (getattr(config, "sliding_window", None) or 0) if sliding else 0
+
+
+def _rope(config: Any, index: int) -> int:
+    """Which angles a block uses: 1 are those of sliding windows where they are their own."""
+    rotated = getattr(config, "no_rope_layers", None)
+    if rotated and not rotated[index]:
+        return -1
+    sliding = _layer_type(config, index) == "sliding_attention"
+    return 1 if sliding and config.model_type == "gemma3_text" else 0
+
+
+# ------------------------------------------------------------------------------ a loaded model
 
 
 def no_decoder(model: Any) -> str | None:
@@ -48,16 +169,21 @@ def no_decoder(model: Any) -> str | None:
         return f"{model_type} is not among {', '.join(MODEL_TYPES)}"
     if getattr(model.config, "use_bidirectional_attention", None):
         return "its attention looks ahead"
+    activation = _activation(model.config)
+    if activation not in ACTIVATIONS:
+        return f"its activation is {activation}"
     for name, module in model.named_modules():
-        reason = _unfit(module, type(model).__module__)
+        reason = _unfit(module, type(model).__module__, activation)
         if reason is not None:
             return f"{name or type(model).__name__}: {reason}"
     return None
 
 
-def _unfit(module: nn.Module, architecture: str) -> str | None:
+def _unfit(module: nn.Module, architecture: str, activation: str) -> str | None:
     """Why a module would not be computed as it computes itself; `architecture` is where the
     classes of this architecture are defined."""
+    from transformers.activations import ACT2FN
+
     home = type(module).__module__
     known = home == architecture and home.startswith("transformers.models.")
     known |= home.startswith(("torch.nn.modules.", "transformers.activations"))
@@ -77,7 +203,7 @@ def _unfit(module: nn.Module, architecture: str) -> str | None:
             return module.no_kernel
         if InputFormat.of(module.layer.input).spec is not None:
             return f"activations of {module.layer.input}"
-    elif hasattr(module, "act_fn") and type(module.act_fn).__name__ not in ACTIVATIONS:
+    elif hasattr(module, "act_fn") and type(module.act_fn) is not type(ACT2FN[activation]):
         return f"its activation is {type(module.act_fn).__name__}"
     return None
 
@@ -87,117 +213,39 @@ def decoder(model: Any) -> Decoder:
     reason = no_decoder(model)
     if reason is not None:
         raise UserError(f"no native decoder for this model: {reason}")
-    base, config = model.model, model.config
-    gemma = config.model_type in GEMMAS
-    linears: dict[int, PackedWeight] = {}  # by address: tied weights are one
-    blocks = [_block(block, config, gemma, linears) for _, block in decoder_blocks(model)]
-    angles = _Angles(base.rotary_emb, {block.rope for block in blocks})
-    head = _linear(model.lm_head, linears)
-    if isinstance(base.embed_tokens, TiedEmbedding):
-        embedding = base.embed_tokens.head.kernel().weight
-    else:
-        table = base.embed_tokens.weight
-        embedding = linears.setdefault(table.data_ptr(), PackedWeight.in_place(table))
-    trim()  # codes as they were stored are gone
-    return Decoder(
-        _dimensions(model, angles.rotary, gemma),
-        blocks,
-        embedding,
-        head,
-        _gain(base.norm, gemma),
-        angles,
-        changing=angles.changing,
-    )
+    config = model.config
+    used = {_rope(config, index) for index in range(config.num_hidden_layers)}
+    angles = _Angles(model.model.rotary_emb, used)
+    return assemble(config, _Modules(model), angles, rotary=angles.rotary, changing=angles.changing)
 
 
-def _dimensions(model: Any, rotary: int, gemma: bool) -> Dimensions:
-    config, block = model.config, decoder_blocks(model)[0][1]
-    attention: Any = block.self_attn
-    size = attention.head_dim
-    width = config.hidden_size
-    return Dimensions(
-        width=width,
-        heads=_rows(attention.q_proj) // size,
-        kv_heads=_rows(attention.k_proj) // size,
-        head_size=size,
-        rotary=rotary,
-        vocabulary=_rows(model.lm_head),
-        activation=ACTIVATIONS[type(block.mlp.act_fn).__name__],  # type: ignore[union-attr]
-        eps=_eps(model.model.norm),
-        attention_scale=float(attention.scaling),
-        embedding_scale=width**0.5 if gemma else float(getattr(config, "embedding_multiplier", 1)),
-        residual_scale=float(getattr(config, "residual_multiplier", 1)),
-        logit_scale=1 / float(getattr(config, "logits_scaling", 1)),
-        attention_cap=float(getattr(config, "attn_logit_softcapping", None) or 0),
-        logit_cap=float(getattr(config, "final_logit_softcapping", None) or 0),
-    )
+class _Modules:
+    """Weights as the modules of a loaded model hold them."""
 
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._plain: dict[int, PackedWeight] = {}  # by address: tied weights are one
 
-def _block(block: Any, config: Any, gemma: bool, linears: dict[int, PackedWeight]) -> BlockWeights:
-    attention, mlp = block.self_attn, block.mlp
-    kind = _layer_type(config, attention.layer_idx)
-    sliding = kind == "sliding_attention" or (kind is None and config.model_type == "mistral")
-    four_norms = hasattr(block, "pre_feedforward_layernorm")
-    after_attention = block.post_attention_layernorm
+    def linear(self, name: str) -> PackedLinear:
+        layer: Any = self._model.get_submodule(name)
+        if isinstance(layer, QuantLinear):
+            return layer.kernel()
+        if layer.bias is None:
+            return PackedLinear(self._in_place(layer.weight), InputFormat.of(None))
+        return PackedLinear(PackedWeight.in_place(layer.weight, layer.bias), InputFormat.of(None))
 
-    def gain(owner: Any, name: str) -> Tensor | None:
-        return (
-            _gain(getattr(owner, name), gemma) if getattr(owner, name, None) is not None else None
-        )
+    def embedding(self, name: str) -> PackedWeight:
+        table: Any = self._model.get_submodule(name)
+        if isinstance(table, TiedEmbedding):
+            return table.head.kernel().weight
+        return self._in_place(table.weight)
 
-    return BlockWeights(
-        q=_linear(attention.q_proj, linears),
-        k=_linear(attention.k_proj, linears),
-        v=_linear(attention.v_proj, linears),
-        o=_linear(attention.o_proj, linears),
-        gate=_linear(mlp.gate_proj, linears),
-        up=_linear(mlp.up_proj, linears),
-        down=_linear(mlp.down_proj, linears),
-        attention_norm=_gain(block.input_layernorm, gemma),
-        attention_out_norm=_gain(after_attention, gemma) if four_norms else None,
-        mlp_norm=_gain(block.pre_feedforward_layernorm if four_norms else after_attention, gemma),
-        mlp_out_norm=gain(block, "post_feedforward_layernorm"),
-        q_norm=gain(attention, "q_norm"),
-        k_norm=gain(attention, "k_norm"),
-        window=(getattr(config, "sliding_window", None) or 0) if sliding else 0,
-        rope=_rope(attention, config, kind),
-    )
+    def gain(self, name: str) -> Tensor:
+        weight: Tensor = self._model.get_submodule(name).weight
+        return weight.detach().to(torch.float32)
 
-
-def _layer_type(config: Any, index: int) -> str | None:
-    kinds = getattr(config, "layer_types", None)
-    return kinds[index] if kinds else None
-
-
-def _rope(attention: Any, config: Any, kind: str | None) -> int:
-    """Which angles a block uses: 1 are those of sliding windows where they are their own."""
-    if not getattr(attention, "use_rope", True):
-        return -1
-    own = config.model_type == "gemma3_text" and kind == "sliding_attention"
-    return 1 if own else 0
-
-
-def _linear(layer: Any, linears: dict[int, PackedWeight]) -> PackedLinear:
-    if isinstance(layer, QuantLinear):
-        return layer.kernel()
-    address = layer.weight.data_ptr()
-    weight = linears.get(address)
-    if weight is None or layer.bias is not None:
-        weight = linears[address] = PackedWeight.in_place(layer.weight, layer.bias)
-    return PackedLinear(weight, InputFormat.of(None))
-
-
-def _rows(layer: Any) -> int:
-    return int(layer.out_features)
-
-
-def _gain(norm: Any, gemma: bool) -> Tensor:
-    gain: Tensor = norm.weight.detach().to(torch.float32)
-    return gain + 1 if gemma else gain
-
-
-def _eps(norm: Any) -> float:
-    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+    def _in_place(self, weight: Tensor) -> PackedWeight:
+        return self._plain.setdefault(weight.data_ptr(), PackedWeight.in_place(weight))
 
 
 class _Angles:

@@ -15,6 +15,8 @@ from posttrain.models.walk import skeleton
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Stands in a directory until the checkpoint in it is finished.
+MARKER = "posttrain-unfinished.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 WEIGHT_SUFFIXES = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 # Written anew beside new weights, or code, which nothing here runs.
@@ -47,16 +49,7 @@ class DirectorySource(Source):
         return module_entries(model, stored, self.path)
 
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        if not any((self.path / file).exists() for file in TOKENIZER_FILES):
-            raise UserError(
-                f"{self.path}: no tokenizer: expected one of {', '.join(TOKENIZER_FILES)}"
-            )
-        try:
-            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
-        except Exception as error:  # the tokenizer libraries raise bare Exception for bad files
-            raise UserError(f"{self.path}: cannot load its tokenizer: {one_line(error)}") from error
+        return read_tokenizer(self.path)
 
     def copy_side_files(self, out_dir: str | Path) -> None:
         for file in sorted(self.path.iterdir()):
@@ -84,6 +77,18 @@ def _headers(stored: dict[str, StoredTensor]) -> list[list[Any]]:
 
 def _sizes(stored: dict[str, StoredTensor]) -> dict[str, int]:
     return {file.name: file.stat().st_size for file in {s.file for s in stored.values()}}
+
+
+def read_tokenizer(path: Path) -> Any:
+    """The transformers tokenizer of a directory."""
+    from transformers import AutoTokenizer
+
+    if not any((path / file).exists() for file in TOKENIZER_FILES):
+        raise UserError(f"{path}: no tokenizer: expected one of {', '.join(TOKENIZER_FILES)}")
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # the tokenizer libraries raise bare Exception for bad files
+        raise UserError(f"{path}: cannot load its tokenizer: {one_line(error)}") from error
 
 
 # ---------------------------------------------------------------------------------------- config

@@ -198,9 +198,7 @@ class QuantLinear(nn.Module):
         if self._kernel is None:
             if self.no_kernel is not None:
                 raise UserError(f"{self.weight_spec} has no kernel here: {self.no_kernel}")
-            weight = kernels.PackedWeight.from_qtensor(self.qweight(), self.bias)
-            input = kernels.InputFormat.of(self.layer.input, self.layer.rotate)
-            self._kernel = kernels.PackedLinear(weight, input)
+            self._kernel = pack_linear(self.qweight(), self.layer, self.bias)
             self._buffers[_CODES] = torch.empty(0, dtype=torch.uint8)
         return self._kernel
 
@@ -304,6 +302,14 @@ class QuantLinear(nn.Module):
             f"weight={str(self.weight_spec)!r}, input={str(self.layer.input or '')!r}, "
             f"rotate={self.layer.rotate}, bias={self.bias is not None}, {self._resident}"
         )
+
+
+def pack_linear(
+    qweight: QTensor, layer: LayerPlan, bias: Tensor | None = None
+) -> kernels.PackedLinear:
+    """A linear layer as the native kernels take it. Raises UserError where they cannot."""
+    weight = kernels.PackedWeight.from_qtensor(qweight, bias)
+    return kernels.PackedLinear(weight, kernels.InputFormat.of(layer.input, layer.rotate))
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import UserError
-from posttrain.models.checkpoint import MARKER, PARTS, write_json
+from posttrain.models.checkpoint import PARTS, write_json
+from posttrain.models.directory import MARKER
 
 FOLDER = ".posttrain-progress"
 RESULT = "posttrain.json"
