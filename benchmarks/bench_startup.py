@@ -1,9 +1,11 @@
-"""How long `import posttrain` and `posttrain --help` take, beside Python and its peers' imports.
+"""How long it takes to start: imports beside the peers', and `posttrain chat` to its first token.
 
     python benchmarks/bench_startup.py
 
 Writes results/startup.json: medians of interleaved fresh processes, warm file cache. The peers are
-whatever of them is installed.
+whatever of them is installed. `chat` is timed from the start of the process to the first byte of
+its answer, with the demo quantized by three recipes (to nearest: the solver changes no time); so is
+transformers' own generate, with the demo as it is.
 """
 
 import importlib.util
@@ -12,7 +14,10 @@ import subprocess
 import sys
 import time
 
-from common import write_result
+from bench_recipes import WORK
+from common import run_json, write_result
+
+import posttrain
 
 ROUNDS = 15
 COMMANDS = {
@@ -27,18 +32,34 @@ COMMANDS = {
 }
 
 
+RECIPES = ("w8a8", "w6a8", "w4a8")
+PROMPT = "Why is the sky blue?"
+TRANSFORMERS = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path, prompt = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path)
+messages = [{"role": "user", "content": prompt}]
+ids = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+answer = model.generate(**ids, max_new_tokens=1, do_sample=False)
+print(tokenizer.decode(answer[0, ids["input_ids"].shape[1] :]), flush=True)
+"""
+
+
 def main() -> None:
     commands = {
         name: words
         for name, words in COMMANDS.items()
         if not name.startswith("import ") or importlib.util.find_spec(name.split()[1])
-    }
+    } | first_tokens()
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(ROUNDS + 1):  # the first round warms the file cache and is not counted
         for name, words in commands.items():
-            started = time.perf_counter()
-            subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(until_output(words))
     rows = [
         {
             "command": name,
@@ -49,6 +70,39 @@ def main() -> None:
         for name, times in seconds.items()
     ]
     write_result("startup", {"rounds": ROUNDS, "rows": rows})
+
+
+def first_tokens() -> dict[str, list[str]]:
+    """Commands that print the first token of an answer, after making the models they need."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    commands = {}
+    for recipe in RECIPES:
+        out = str(WORK / f"startup-{recipe}")
+        how = ("--solver", "rtn", "--transform", "none", "--overwrite")
+        run_json("quantize", "demo", "--recipe", recipe, "-o", out, *how)
+        words = ["-m", "posttrain", "chat", out, "--prompt", PROMPT, "--max-new-tokens", "1"]
+        commands[f"posttrain chat, {recipe}, to the first token"] = words
+    plain = WORK / "startup-plain"
+    model = posttrain.load("demo")
+    model.save_pretrained(plain)
+    model.tokenizer.save_pretrained(plain)
+    whole = ["-c", TRANSFORMERS, str(plain), PROMPT]
+    return commands | {"transformers, unquantized, to the first token": whole}
+
+
+def until_output(words: list[str]) -> float:
+    """Seconds from the start of a Python process to its first byte of output, or its end."""
+    started = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        seconds = time.perf_counter() - started
+        _, said = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"{words} ended with status {process.returncode}: {said.decode()[-500:]}")
+    return seconds
 
 
 if __name__ == "__main__":
