@@ -1,7 +1,7 @@
 /* AMX INT8 (Intel from Sapphire Rapids): prefill on tiles, all else as in avx512.cpp.
  *
- * A tile product is 16 tokens x 64 columns (signed) times 64 columns x 16 rows (unsigned), where the
- * second lies as a panel does: 16 steps of 64 bytes. Sums of a segment leave the tiles through
+ * A tile product is 16 tokens x 64 columns times 64 columns x 16 rows, where the second lies as a
+ * panel does: 16 steps of 64 bytes. Sums of a segment leave the tiles through
  * memory and meet their scales there, in the same order as everywhere.
  */
 #include <string.h>
@@ -14,11 +14,10 @@
 
 namespace {
 
-static const int kSide = 16;           /* tokens, and rows, of a tile */
+static const int kSide = 16; /* tokens, and rows, of a tile */
 /* Of a block: 2 x 2 tiles of sums, panel by panel. */
 static const int kPanels = 2, kTokens = 2 * kSide;
-
-static const int64_t kAheadColumns = 128;
+static const int64_t kAheadColumns = 128; /* how early activations are asked for */
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
