@@ -35,7 +35,7 @@ from kernel_peers import MODULES
 import posttrain
 from posttrain import kernels
 from posttrain.bench.process import Worker
-from posttrain.bench.verb import PROBE_BYTES, _Probe
+from posttrain.bench.verb import PROBE_BYTES, Probe
 from posttrain.cli.doctor import version
 from posttrain.errors import UserError
 from posttrain.quantize.recipe import load_recipe
@@ -201,7 +201,7 @@ class Turns(Worker):
         super().close()
 
 
-class Probe(_Probe):
+class Probe(Probe):
     """The probes of `posttrain bench`."""
 
     def peak(self) -> float:

@@ -109,7 +109,7 @@ class _Round:
         from tqdm import tqdm
 
         workers: list[Worker] = []
-        probe = _Probe(self.threads)
+        probe = Probe(self.threads)
         try:
             for name, source in sources.items():
                 workers.append(Worker(name, source, self.threads, self.cache))
@@ -130,7 +130,7 @@ class _Round:
                 worker.close()
         return self._result(runs, facts, probe)
 
-    def _run(self, worker: Worker, runs: Runs, probe: "_Probe") -> None:
+    def _run(self, worker: Worker, runs: Runs, probe: "Probe") -> None:
         asked = {"prefill": self.prefill, "decode": self.decode, "score": self.prefill}
         for what, count in asked.items():
             if what == "score" and worker.name == "llama.cpp":
@@ -141,7 +141,7 @@ class _Round:
         runs.add("first", worker.seconds("prefill", FIRST_TOKEN), probe.bandwidth())
 
     def _result(
-        self, runs: dict[str, Runs], facts: dict[str, dict[str, Any]], probe: "_Probe"
+        self, runs: dict[str, Runs], facts: dict[str, dict[str, Any]], probe: "Probe"
     ) -> dict[str, Any]:
         ours = runs.pop("posttrain")
         found = {"threads": self.threads, **_figures(ours), **facts.pop("posttrain")}
@@ -188,7 +188,7 @@ def _ratios(ours: Runs, theirs: Runs) -> dict[str, Any]:
     return found
 
 
-class _Probe:
+class Probe:
     """What the machine can do with so many threads, by the instructions our kernels use."""
 
     def __init__(self, threads: int) -> None:
