@@ -201,7 +201,7 @@ class Turns(Worker):
         super().close()
 
 
-class Probe(Probe):
+class Probes(Probe):
     """The probes of `posttrain bench`."""
 
     def peak(self) -> float:
@@ -246,7 +246,7 @@ class Bench:
 
     def __init__(self, members: list[Contender], args: argparse.Namespace) -> None:
         self.members, self.args = members, args
-        self.probe = Probe(args.threads)
+        self.probe = Probes(args.threads)
         self.processes = {
             key: Turns(*key, args.threads) for key in dict.fromkeys(c.process for c in members)
         }

@@ -89,7 +89,9 @@ INLINE void add_segment(const Product &product, int64_t panel, int64_t token, in
   UNROLL for (int t = 0; t < kSide; t++, floats += kPanel) {
     I32 sum = {_mm512_load_si512(sums[t])};
     if constexpr (Zeros) {
-      sum = add(sum, set_i32((middle_of(product) - w.zero) * x_sums[t * x.segments]));
+      /* Unsigned, which may overflow: those beyond the last token are whatever lay there. */
+      const uint32_t off = (uint32_t)(middle_of(product) - w.zero) * (uint32_t)x_sums[t * x.segments];
+      sum = add(sum, set_i32((int32_t)off));
       if (w.zeros) sum = subtract_product(sum, w.zeros + at, x_sums[t * x.segments]);
     }
     F32 factor = scale;
