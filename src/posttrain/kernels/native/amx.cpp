@@ -72,8 +72,7 @@ struct Work {
 };
 
 /* floats = fma(float(sums - zero * x sums), scale, floats) for 16 tokens of a panel, as
- * end_segment does; floats are 0 before the first. `Zeros`: the codes in the tiles were not those
- * less their zero points. */
+ * end_segment does. `Zeros`: the codes in the tiles were not those less their zero points. */
 template <bool TokenScales, bool Zeros>
 INLINE void add_segment(const Product &product, int64_t panel, int64_t token, int64_t segment,
                         const Sums &sums, float *floats) {
@@ -85,7 +84,6 @@ INLINE void add_segment(const Product &product, int64_t panel, int64_t token, in
   const int32_t *x_sums = x.sums + token * x.segments + segment;
   const int64_t x_group = x.segments_per_scale == 1 ? segment : segment / x.segments_per_scale;
   const float *x_scales = x.scales + token * x.scale_groups + (TokenScales ? x_group : 0);
-  const __mmask16 not_first = segment ? 0xffff : 0;
   UNROLL for (int t = 0; t < kSide; t++, floats += kPanel) {
     I32 sum = {_mm512_load_si512(sums[t])};
     if constexpr (Zeros) {
@@ -96,7 +94,7 @@ INLINE void add_segment(const Product &product, int64_t panel, int64_t token, in
     }
     F32 factor = scale;
     if constexpr (TokenScales) factor = mul(scale, set_f32(x_scales[t * x.scale_groups]));
-    const F32 before = {_mm512_maskz_load_ps(not_first, floats)};
+    const F32 before = {_mm512_load_ps(floats)};
     _mm512_store_ps(floats, fma(to_f32(sum), factor, before).v);
   }
 }
@@ -231,6 +229,7 @@ void multiply_block(const Work &work, int64_t p, int64_t panels, int64_t panel, 
   const int64_t count = panels > 1 ? 4 : 2;
   alignas(64) float row[4 * kSide * kPanel];
   float *floats = x.segments == 1 || (work.first && work.last) ? row : carried;
+  if (x.segments == 1 ? work.last : work.first) memset(floats, 0, sizeof row);
   auto scale = [&](int64_t i, int64_t segment, const Sums &sums) INLINE_LAMBDA {
     add_segment<TokenScales, Zeros>(product, panel + (i < count ? i / 2 : 0), token + i % 2 * kSide, segment,
                                     sums, floats + i * kSide * kPanel);
