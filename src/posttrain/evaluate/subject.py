@@ -10,12 +10,8 @@ import torch
 
 from posttrain.errors import UserError
 from posttrain.lm.engine import scoring_engine
+from posttrain.models.base import DTYPES
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 # Weights may fill this share of free memory; the rest is for logits, activations and others.
 MEMORY_SHARE = 0.6
 REPORT_FILE = "posttrain.json"  # what `quantize` measured, beside the checkpoint it wrote

@@ -13,6 +13,9 @@ import torch
 from posttrain.errors import UserError
 from posttrain.models.shards import OpenFiles
 
+# What a model can compute in.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -22,6 +22,7 @@ from posttrain.errors import UserError
 from posttrain.kernels import Decoder, InputFormat, PackedLinear
 from posttrain.kernels.packed import PackedWeight
 from posttrain.models import compressed_reader, compressed_tensors, native
+from posttrain.models.base import DTYPES
 from posttrain.models.decoding import ACTIVATIONS, LINEARS, assemble, head_size, norms
 from posttrain.models.directory import MARKER, read_config_file, read_stored, read_tokenizer
 from posttrain.models.linear import pack_linear
@@ -30,7 +31,6 @@ from posttrain.models.shards import OpenFiles, StoredTensor
 from posttrain.models.tokenizer import PlainTokenizer
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Fields of config.json that say how the model computes, by architecture -> what transformers takes
 # where one is absent; REQUIRED ones are always written or have no one default.

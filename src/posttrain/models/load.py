@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from posttrain import kernels
 from posttrain.errors import UserError, did_you_mean
 from posttrain.models import compressed_reader, compressed_tensors, experts, native
-from posttrain.models.base import Source
+from posttrain.models.base import DTYPES, Source
 from posttrain.models.checkpoint import check_finished
 from posttrain.models.linear import (
     QuantLinear,
@@ -30,8 +30,6 @@ from posttrain.models.linear import (
 from posttrain.models.plan import LayerPlan, shorten
 from posttrain.models.source import open_source
 from posttrain.models.walk import Target, assign, decoder_blocks, quantizable, skeleton
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load(model: str | Path, *, dtype: str | torch.dtype = "auto", resident: str = "packed") -> Any:

@@ -742,8 +742,7 @@ void rotate(float *x, int64_t cols) {
   }
 }
 
-/* Codes of columns [begin, end), which may lie in several blocks; `scale` is not finite where an
- * activation is not. */
+/* Codes of columns [begin, end) of a row, which lie in one block; vectors take finite values only. */
 void encode_columns(const float *x, int64_t begin, int64_t end, float scale, const pt_input &in,
                     bool finite, int8_t *codes) {
   if (finite) return encode(x + begin, end - begin, scale, in, codes);
