@@ -14,6 +14,7 @@ namespace {
 
 /* Up to this many tokens, unpacking inside the product beats unpacking first. */
 const int64_t kFewTokens = 8;
+const int64_t kSharesOfFew = 32; /* of a thread, then: they read their panels in pairs */
 const int64_t kFewestTokensPerShare = 32;
 const int64_t kMostTokensPerShare = 512; /* so that what a share carries stays in the second cache */
 const int64_t kSharedBytes = 1 << 19;    /* of activations, from where they are worth sharing */
@@ -158,7 +159,7 @@ void multiply(const Kernels &kernels, const std::vector<Product> &products, int6
   int64_t threads = thread_count(), total = 0;
   for (auto &p : products) total += panels_of(p.weight->rows);
   const TileShape tile = kernels.gemm_tile(products[0]); /* the same for all: they share segments */
-  int64_t panels = few ? ceil_div(total, 8 * threads) : tile.panels;
+  int64_t panels = few ? 2 * ceil_div(total, 2 * kSharesOfFew * threads) : tile.panels;
   if (!few && tokens * products[0].weight->cols > kSharedBytes)
     for (int i = 1; i < kTilesOfShare && ceil_div(total, 2 * panels) >= 8 * threads; i *= 2) panels *= 2;
   int64_t blocks = 0;

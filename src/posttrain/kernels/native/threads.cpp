@@ -21,9 +21,36 @@ static inline void pause_cpu() {
 
 const int kSpins = 4000; /* about 0.1 ms */
 
+/* What is left of a run of items: its first in the lower half, its end in the upper. */
+class alignas(64) Left {
+ public:
+  void set(int64_t first, int64_t end) { run_.store(first | end << 32, std::memory_order_relaxed); }
+  int64_t count() const {
+    const int64_t run = run_.load(std::memory_order_relaxed);
+    return (run >> 32) - (int32_t)run;
+  }
+  /* -1 where nothing is left. */
+  int64_t take_first() {
+    int64_t run = run_.load(std::memory_order_relaxed);
+    while ((int32_t)run < run >> 32)
+      if (run_.compare_exchange_weak(run, run + 1, std::memory_order_relaxed)) return (int32_t)run;
+    return -1;
+  }
+  int64_t take_last() {
+    int64_t run = run_.load(std::memory_order_relaxed);
+    while ((int32_t)run < run >> 32)
+      if (run_.compare_exchange_weak(run, run - ((int64_t)1 << 32), std::memory_order_relaxed))
+        return (run >> 32) - 1;
+    return -1;
+  }
+
+ private:
+  std::atomic<int64_t> run_{0};
+};
+
 class Pool {
  public:
-  explicit Pool(int count) : owner_(getpid()) {
+  explicit Pool(int count) : owner_(getpid()), left_(count) {
     for (int i = 1; i < count; i++) threads_.emplace_back([this, i] { work(i); });
   }
 
@@ -45,8 +72,8 @@ class Pool {
       for (int64_t i = 0; i < items; i++) task(context, i, 0);
       return;
     }
-    task_ = task, context_ = context, items_ = items;
-    next_.store(0, std::memory_order_relaxed);
+    task_ = task, context_ = context;
+    for (int t = 0; t < count(); t++) left_[t].set(items * t / count(), items * (t + 1) / count());
     busy_.store((int)threads_.size(), std::memory_order_relaxed);
     announce();
     take_items(0);
@@ -62,11 +89,16 @@ class Pool {
     }
   }
 
+  /* First those of the thread's own run, in order: it reads on where it stopped in memory. Then the
+   * last of whichever run is longest. */
   void take_items(int thread) {
+    for (int64_t item; (item = left_[thread].take_first()) >= 0;) task_(context_, item, thread);
     for (;;) {
-      int64_t item = next_.fetch_add(1, std::memory_order_relaxed);
-      if (item >= items_) return;
-      task_(context_, item, thread);
+      Left *longest = &left_[0];
+      for (auto &left : left_)
+        if (left.count() > longest->count()) longest = &left;
+      if (!longest->count()) return;
+      if (int64_t item = longest->take_last(); item >= 0) task_(context_, item, thread);
     }
   }
 
@@ -91,9 +123,8 @@ class Pool {
   std::vector<std::thread> threads_;
   Task task_ = nullptr;
   void *context_ = nullptr;
-  int64_t items_ = 0;
+  std::vector<Left> left_; /* of every thread's run */
   alignas(64) std::atomic<uint64_t> round_{0};
-  alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<int> busy_{0};
   std::atomic<int> asleep_{0};
   std::atomic<bool> stop_{false};
