@@ -99,6 +99,17 @@ INLINE void add_segment(const Product &product, int64_t panel, int64_t token, in
   }
 }
 
+/* The memory that a block is written to, asked for a part at every step: all at once, its many lines
+ * are waited for. */
+struct Output {
+  const uint8_t *at;
+  int64_t row_bytes, rows, part; /* from token to token; tokens left; at a time */
+
+  INLINE_MEMBER void ask() {
+    for (int64_t i = 0; i < part && rows > 0; i++, rows--, at += row_bytes) prefetch_far(at, 2 * kVector);
+  }
+};
+
 /* Panels p and p + 1 (or p alone, twice) x 32 tokens x a block of columns. */
 struct Tiles {
   const Work &work;
@@ -127,8 +138,9 @@ struct Tiles {
       _tile_dpbssd(3, 5, 7);
     }
   }
-  INLINE_MEMBER void add_unsigned(int64_t begin, int64_t end) const {
+  INLINE_MEMBER void add_unsigned(int64_t begin, int64_t end, Output &output) const {
     for (int64_t k = begin; k < end; k += work.step) {
+      output.ask();
       _tile_loadd(6, work.weights(p, k), kVector);
       _tile_loadd(4, work.activations(token, k), ldx);
       _tile_dpbsud(0, 4, 6);
@@ -143,7 +155,7 @@ struct Tiles {
   }
 
   /* One segment, its sums carried from block to block. */
-  void add_row(Sums *carried) const {
+  void add_row(Sums *carried, Output &output) const {
     if (work.first) {
       _tile_zero(0);
       _tile_zero(1);
@@ -155,7 +167,7 @@ struct Tiles {
       _tile_loadd(2, carried[2], kVector);
       _tile_loadd(3, carried[3], kVector);
     }
-    add_unsigned(work.begin, work.end);
+    add_unsigned(work.begin, work.end, output);
     _tile_stored(0, carried[0], kVector);
     _tile_stored(1, carried[1], kVector);
     _tile_stored(2, carried[2], kVector);
@@ -165,10 +177,11 @@ struct Tiles {
   /* Several segments. Each tile is emptied just before the next segment needs it, and its sums are
    * scaled, by scale(tile, segment, sums), while that one is multiplied: twice as fast as in turn. */
   template <class F>
-  INLINE_MEMBER void add_segments(int64_t segment, F scale) const {
+  INLINE_MEMBER void add_segments(int64_t segment, Output &output, F scale) const {
     alignas(64) Sums sums[4];
     for (int64_t before = -1, k = work.begin;; before = segment++, k += work.product.x.segment) {
       const bool more = k < work.end, done = before >= 0;
+      output.ask();
       if (done) _tile_stored(0, sums[0], kVector);
       if (more) {
         _tile_zero(0);
@@ -234,15 +247,16 @@ void multiply_block(const Work &work, int64_t p, int64_t panels, int64_t panel, 
     add_segment<TokenScales, Zeros>(product, panel + (i < count ? i / 2 : 0), token + i % 2 * kSide, segment,
                                     sums, floats + i * kSide * kPanel);
   };
-  if (work.last)
-    for (int64_t t = 0; t < kTokens && t < tokens; t++)
-      prefetch_far((const uint8_t *)(product.y + (token + t) * product.ldy + panel * kPanel), 2 * kVector);
+  const int64_t steps = ceil_div(work.end - work.begin, x.segments == 1 ? work.step : x.segment);
+  const float *y = product.y + token * product.ldy + panel * kPanel;
+  Output output{(const uint8_t *)y, product.ldy * (int64_t)sizeof(float),
+                !work.last ? 0 : tokens < kTokens ? tokens : kTokens, ceil_div(kTokens, steps)};
   if (x.segments == 1) {
-    tiles.add_row((Sums *)carried);
+    tiles.add_row((Sums *)carried, output);
     if (!work.last) return;
     for (int64_t i = 0; i < count; i++) scale(i, 0, ((Sums *)carried)[i]);
   } else {
-    tiles.add_segments(work.begin / x.segment, scale);
+    tiles.add_segments(work.begin / x.segment, output, scale);
     if (!work.last) return;
   }
   for (int64_t i = 0; i < count; i++) {

@@ -122,27 +122,32 @@ INLINE F32 fma(F32 a, F32 b, F32 c) {
   return c;
 }
 INLINE I32 rounded(F32 a) { return {{_mm256_cvtps_epi32(a.v[0]), _mm256_cvtps_epi32(a.v[1])}}; }
-/* 2^n for n in [-126, 127] */
-INLINE F32 power_of_two(I32 n) {
-  F32 out;
+/* v 2^n for n in [-126, 127] */
+INLINE F32 times_power_of_two(F32 v, I32 n) {
   BOTH(i) {
     __m256i exponent = _mm256_add_epi32(n.v[i], _mm256_set1_epi32(127));
-    out.v[i] = _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
-  }
-  return out;
-}
-/* Lanes i and i + H, for i with bit H clear, become their sum and difference. */
-template <int H>
-INLINE F32 butterfly(F32 v) {
-  if constexpr (H == 8) return {{_mm256_add_ps(v.v[0], v.v[1]), _mm256_sub_ps(v.v[0], v.v[1])}};
-  const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
-  constexpr int upper = H == 1 ? 0xaa : H == 2 ? 0xcc : 0xf0;
-  BOTH(i) {
-    __m256 other = _mm256_permutevar8x32_ps(v.v[i], _mm256_xor_si256(lane, _mm256_set1_epi32(H)));
-    v.v[i] = _mm256_blend_ps(_mm256_add_ps(v.v[i], other), _mm256_sub_ps(other, v.v[i]), upper);
+    v.v[i] = _mm256_mul_ps(v.v[i], _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
   }
   return v;
 }
+/* Lanes i and i + H, for i with bit H clear, change places. */
+template <int H>
+INLINE F32 swapped(F32 v) {
+  if constexpr (H == 8) return {{v.v[1], v.v[0]}};
+  const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+  const __m256i from = _mm256_xor_si256(lane, _mm256_set1_epi32(H));
+  return {{_mm256_permutevar8x32_ps(v.v[0], from), _mm256_permutevar8x32_ps(v.v[1], from)}};
+}
+/* They become their sum and difference. */
+template <int H>
+INLINE F32 butterfly(F32 v) {
+  if constexpr (H == 8) return {{_mm256_add_ps(v.v[0], v.v[1]), _mm256_sub_ps(v.v[0], v.v[1])}};
+  constexpr int upper = H == 1 ? 0xaa : H == 2 ? 0xcc : 0xf0;
+  const F32 other = swapped<H>(v);
+  BOTH(i) v.v[i] = _mm256_blend_ps(_mm256_add_ps(v.v[i], other.v[i]), _mm256_sub_ps(other.v[i], v.v[i]), upper);
+  return v;
+}
+INLINE float first_lane(F32 a) { return _mm256_cvtss_f32(a.v[0]); }
 INLINE F32 load_floats(const float *from) { return {{_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}}; }
 INLINE F32 load_some(const float *from, int64_t count) {
   if (count == 16) return load_floats(from);

@@ -23,7 +23,7 @@ INLINE F32 exponential(F32 x) {
   p = fma(p, r, set_f32(1.6666665459e-1f));
   p = fma(p, r, set_f32(5.0000001201e-1f));
   p = add(fma(p, mul(r, r), r), set_f32(1.0f));
-  return mul(p, power_of_two(n));
+  return times_power_of_two(p, n);
 }
 
 INLINE F32 sigmoid(F32 x) {
@@ -72,18 +72,14 @@ INLINE F32 activate(int32_t kind, F32 x) {
 
 /* Sum, or largest, of the lanes: by halves, always in this order. */
 INLINE float sum_lanes(F32 v) {
-  float a[kPanel];
-  store_some(a, v, kPanel);
-  for (int h = kPanel / 2; h; h /= 2)
-    for (int i = 0; i < h; i++) a[i] += a[i + h];
-  return a[0];
+  v = add(v, swapped<8>(v)), v = add(v, swapped<4>(v));
+  v = add(v, swapped<2>(v)), v = add(v, swapped<1>(v));
+  return first_lane(v);
 }
 INLINE float largest_lane(F32 v) {
-  float a[kPanel];
-  store_some(a, v, kPanel);
-  for (int h = kPanel / 2; h; h /= 2)
-    for (int i = 0; i < h; i++) a[i] = a[i] > a[i + h] ? a[i] : a[i + h];
-  return a[0];
+  v = maximum(v, swapped<8>(v)), v = maximum(v, swapped<4>(v));
+  v = maximum(v, swapped<2>(v)), v = maximum(v, swapped<1>(v));
+  return first_lane(v);
 }
 
 INLINE int64_t at_most_16(int64_t count) { return count < kPanel ? count : kPanel; }
@@ -146,18 +142,33 @@ void soft_cap(float *x, float cap, int64_t n) {
   }
 }
 
-/* log sum e^x */
+/* log sum e^x, in runs that stay in the first cache: one pass over memory. */
 float log_partition(const float *x, int64_t n) {
+  const int64_t run = 1024;
   const float nothing = -__builtin_inff();
-  auto load = [&](int64_t i) { return within(load_some(x + i, at_most_16(n - i)), 0, n - i, nothing); };
-  F32 most = set_f32(nothing), sums[4] = {set_f32(0.0f), set_f32(0.0f), set_f32(0.0f), set_f32(0.0f)};
-  for (int64_t i = 0; i < n; i += kPanel) most = maximum(load(i), most);
-  const float largest = largest_lane(most);
-  if (largest - largest != 0) return largest; /* infinite */
-  for (int64_t i = 0; i < n; i += kPanel) {
-    F32 e = exponential(subtract(load(i), set_f32(largest)));
-    sums[i / kPanel % 4] = add(sums[i / kPanel % 4], within(e, 0, n - i, 0.0f));
+  float largest = nothing;
+  F32 sums[4] = {set_f32(0.0f), set_f32(0.0f), set_f32(0.0f), set_f32(0.0f)};
+  for (int64_t begin = 0; begin < n; begin += run) {
+    const int64_t end = begin + run < n ? begin + run : n;
+    auto load = [&](int64_t i) INLINE_LAMBDA {
+      return i + kPanel <= end ? load_floats(x + i) : within(load_some(x + i, end - i), 0, end - i, nothing);
+    };
+    F32 most = set_f32(largest);
+    for (int64_t i = begin; i < end; i += kPanel) most = maximum(load(i), most);
+    const float before = largest;
+    largest = largest_lane(most);
+    if (largest == nothing) continue;
+    if (largest - largest != 0) return largest; /* infinite */
+    const F32 less = exponential(subtract(set_f32(before), set_f32(largest)));
+    if (largest > before)
+      UNROLL for (int i = 0; i < 4; i++) sums[i] = mul(sums[i], less);
+    for (int64_t i = begin; i < end; i += kPanel) {
+      F32 e = exponential(subtract(load(i), set_f32(largest)));
+      if (i + kPanel > end) e = within(e, 0, end - i, 0.0f);
+      sums[i / kPanel % 4] = add(sums[i / kPanel % 4], e);
+    }
   }
+  if (largest == nothing) return nothing;
   return largest + __builtin_logf(sum_lanes(add(add(sums[0], sums[1]), add(sums[2], sums[3]))));
 }
 
@@ -263,18 +274,19 @@ INLINE float soften(const HeadCache &c, float *scores, int64_t origin, int64_t b
                     int64_t padded_end) {
   if (c.soft_cap > 0) soft_cap(scores, c.soft_cap, padded_end - origin);
   F32 most = set_f32(-__builtin_inff()), sum = set_f32(0.0f);
-  for (int64_t j = origin; j < padded_end; j += kPanel) {
-    F32 s = within(load_floats(scores + j - origin), begin - j, end - j, -__builtin_inff());
-    most = maximum(s, most);
-  }
+  auto seen = [&](F32 v, int64_t j, float other) INLINE_LAMBDA {
+    return j >= begin && j + kPanel <= end ? v : within(v, begin - j, end - j, other);
+  };
+  for (int64_t j = origin; j < padded_end; j += kPanel)
+    most = maximum(seen(load_floats(scores + j - origin), j, -__builtin_inff()), most);
   most = set_f32(largest_lane(most));
   for (int64_t j = origin; j < padded_end; j += kPanel) {
     F32 e = exponential(subtract(load_floats(scores + j - origin), most));
-    e = within(e, begin - j, end - j, 0.0f);
+    e = seen(e, j, 0.0f);
     sum = add(sum, e);
     F32 weight = e;
     if (c.value_scales) { /* lanes beyond `end` may hold anything */
-      F32 scale = within(load_floats(c.value_scales + j), begin - j, end - j, 0.0f);
+      F32 scale = seen(load_floats(c.value_scales + j), j, 0.0f);
       weight = mul(e, scale);
     }
     store_some(scores + j - origin, weight, kPanel);

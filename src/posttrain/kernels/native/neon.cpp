@@ -86,6 +86,7 @@ INLINE I32 dot(I32 sum, Bytes w, Quad x) {
   return sum;
 }
 INLINE int32_t first_lane(I32 a) { return vgetq_lane_s32(a.v[0], 0); }
+INLINE float first_lane(F32 a) { return vgetq_lane_f32(a.v[0], 0); }
 INLINE I32 load_bits(const float *from) {
   I32 a;
   UNROLL for (int i = 0; i < 4; i++) a.v[i] = vld1q_s32((const int32_t *)from + 4 * i);
@@ -155,18 +156,28 @@ INLINE I32 rounded(F32 a) {
   EACH4(i) out.v[i] = vcvtnq_s32_f32(a.v[i]);
   return out;
 }
-/* 2^n for n in [-126, 127] */
-INLINE F32 power_of_two(I32 n) {
-  F32 out;
-  EACH4(i) out.v[i] = vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n.v[i], vdupq_n_s32(127)), 23));
-  return out;
+/* v 2^n for n in [-126, 127] */
+INLINE F32 times_power_of_two(F32 v, I32 n) {
+  EACH4(i) {
+    int32x4_t exponent = vaddq_s32(n.v[i], vdupq_n_s32(127));
+    v.v[i] = vmulq_f32(v.v[i], vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
+  }
+  return v;
 }
 INLINE F32 load_floats(const float *from) {
   F32 out;
   EACH4(i) out.v[i] = vld1q_f32(from + 4 * i);
   return out;
 }
-/* Lanes i and i + H, for i with bit H clear, become their sum and difference. */
+/* Lanes i and i + H, for i with bit H clear, change places. */
+template <int H>
+INLINE F32 swapped(F32 v) {
+  float in[16], out[16];
+  EACH4(i) vst1q_f32(in + 4 * i, v.v[i]);
+  for (int i = 0; i < 16; i++) out[i] = in[i ^ H];
+  return load_floats(out);
+}
+/* They become their sum and difference. */
 template <int H>
 INLINE F32 butterfly(F32 v) {
   float in[16], out[16];

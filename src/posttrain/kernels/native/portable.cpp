@@ -64,6 +64,7 @@ static inline I32 dot(I32 sum, Bytes w, Quad x) {
   return sum;
 }
 static inline int32_t first_lane(I32 a) { return a.at[0]; }
+static inline float first_lane(F32 a) { return a.at[0]; }
 static inline I32 load_bits(const float *from) {
   I32 a;
   __builtin_memcpy(a.at, from, sizeof a.at);
@@ -104,7 +105,14 @@ static inline F32 subtract(F32 a, F32 b) {
   EACH(i, 16) a.at[i] -= b.at[i];
   return a;
 }
-/* Lanes i and i + H, for i with bit H clear, become their sum and difference. */
+/* Lanes i and i + H, for i with bit H clear, change places. */
+template <int H>
+static inline F32 swapped(F32 v) {
+  F32 out;
+  EACH(i, 16) out.at[i] = v.at[i ^ H];
+  return out;
+}
+/* They become their sum and difference. */
 template <int H>
 static inline F32 butterfly(F32 v) {
   F32 out;
@@ -136,10 +144,9 @@ static inline I32 rounded(F32 a) {
   EACH(i, 16) v.at[i] = (int32_t)__builtin_rintf(a.at[i]);
   return v;
 }
-/* 2^n for n in [-126, 127] */
-static inline F32 power_of_two(I32 n) {
-  F32 v;
-  EACH(i, 16) v.at[i] = float_of_bits((uint32_t)(n.at[i] + 127) << 23);
+/* v 2^n for n in [-126, 127] */
+static inline F32 times_power_of_two(F32 v, I32 n) {
+  EACH(i, 16) v.at[i] *= float_of_bits((uint32_t)(n.at[i] + 127) << 23);
   return v;
 }
 static inline F32 load_some(const float *from, int64_t count) {

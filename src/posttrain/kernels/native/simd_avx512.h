@@ -78,18 +78,22 @@ INLINE F32 divide(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
 INLINE F32 maximum(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
 INLINE F32 minimum(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
 INLINE I32 rounded(F32 a) { return {_mm512_cvtps_epi32(a.v)}; } /* ties to even */
-/* 2^n for n in [-126, 127] */
-INLINE F32 power_of_two(I32 n) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n.v, _mm512_set1_epi32(127)), 23))};
+/* v 2^n for n in [-126, 127] */
+INLINE F32 times_power_of_two(F32 v, I32 n) { return {_mm512_scalef_ps(v.v, _mm512_cvtepi32_ps(n.v))}; }
+/* Lanes i and i + H, for i with bit H clear, change places. */
+template <int H>
+INLINE F32 swapped(F32 v) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  return {_mm512_permutexvar_ps(_mm512_xor_si512(lane, _mm512_set1_epi32(H)), v.v)};
 }
-/* Lanes i and i + H, for i with bit H clear, become their sum and difference. */
+/* They become their sum and difference. */
 template <int H>
 INLINE F32 butterfly(F32 v) {
-  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  __m512 other = _mm512_permutexvar_ps(_mm512_xor_si512(lane, _mm512_set1_epi32(H)), v.v);
+  __m512 other = swapped<H>(v).v;
   constexpr __mmask16 upper = H == 1 ? 0xaaaa : H == 2 ? 0xcccc : H == 4 ? 0xf0f0 : 0xff00;
   return {_mm512_mask_sub_ps(_mm512_add_ps(v.v, other), upper, other, v.v)};
 }
+INLINE float first_lane(F32 a) { return _mm512_cvtss_f32(a.v); }
 INLINE __mmask16 first(int64_t count) { return (__mmask16)((1u << count) - 1); }
 INLINE F32 load_some(const float *from, int64_t count) {
   return {_mm512_maskz_loadu_ps(first(count), from)};
