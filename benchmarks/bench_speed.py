@@ -1,6 +1,7 @@
-"""Speed of whole models beside llama.cpp and transformers, and what each costs in quality.
+"""Speed of whole models beside other engines, and what each costs in quality.
 
     pip install llama-cpp-python      # built from source, it uses this processor's instructions
+    pip install ctranslate2
     python benchmarks/bench_speed.py [--only demo|1b] [--text FILE] [--windows 64] [--rounds 7]
 
 `demo` (results/speed-demo.json): the shipped integer recipes and the GGUF types of the same width,
@@ -23,6 +24,7 @@ import posttrain
 from posttrain.bench.gguf_peer import gguf_of, nearest_type
 
 RECIPES = ("w8a8", "w6a8", "w4a8")
+WIDTHS = {"transformers": "float32", "ctranslate2": "INT8"}  # llama.cpp's says what it was made in
 KEYS = ("prefill_tps", "decode_tps", "score_tps", "bits_per_weight", "kernel", "rss_bytes")
 RATIOS = [
     f"{what}_ratio{end}" for what in ("prefill", "decode", "score") for end in ("", "_spread")
@@ -48,7 +50,7 @@ def demo(args: argparse.Namespace) -> None:
     for recipe in RECIPES:
         made[recipe] = WORK / f"speed-{recipe}"
         run_json("quantize", "demo", "--recipe", recipe, "-o", str(made[recipe]), "--overwrite")
-    against = ("--against", "llama.cpp,transformers", "--rounds", str(args.rounds))
+    against = ("--against", "llama.cpp,transformers,ctranslate2", "--rounds", str(args.rounds))
     timed = {name: run_json("bench", str(path), *against) for name, path in made.items()}
     with tempfile.TemporaryDirectory() as folder:
         files = {name: gguf_of(str(path), nearest_type(str(path)), Path(folder))
@@ -90,7 +92,7 @@ def _rows(recipe: str, result: dict[str, Any], ours: Any, theirs: Any) -> list[d
         {"what": f"posttrain {recipe}"} | {key: result[key] for key in (*KEYS, *own)} | _loss(ours)
     ]
     for peer in result["peers"]:
-        name = " ".join(filter(None, (peer["name"], peer.get("type", "float32"))))
+        name = f"{peer['name']} {peer.get('type') or WIDTHS[peer['name']]}"
         loss = theirs if peer["name"] == "llama.cpp" else None
         found = {key: peer[key] for key in (*KEYS, *RATIOS) if key in peer}
         rows.append({"what": f"{name}, beside {recipe}"} | found | _loss(loss))

@@ -10,7 +10,7 @@ import torch
 
 import posttrain
 from posttrain import kernels
-from posttrain.bench import contenders, gguf_peer
+from posttrain.bench import contenders, ctranslate2_peer, gguf_peer
 from posttrain.bench.process import Worker
 from posttrain.cli.main import main
 from posttrain.errors import UserError
@@ -18,6 +18,9 @@ from posttrain.errors import UserError
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.find().reason)
 llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"
+)
+ctranslate2 = pytest.mark.skipif(
+    importlib.util.find_spec("ctranslate2") is None, reason="ctranslate2 is not installed"
 )
 SHORT = ["--prefill", "20", "--decode", "3", "--rounds", "2", "--threads", "2", "--quiet"]
 
@@ -106,6 +109,23 @@ def test_llama_cpp_runs_the_same_model(small, tmp_path):
     assert torch.corrcoef(torch.stack([torch.tensor(row), expected]))[0, 1] > 0.999
     assert gguf_peer.nearest_type(str(small / "w4")) == "Q4_0"
     assert gguf_peer.nearest_type(str(small / "full")) == "BF16"
+
+
+@ctranslate2
+def test_ctranslate2_runs_the_same_model(small, tmp_path):
+    """Its INT8 losses are near those of the checkpoint; it counts the tokens that it was asked for."""
+    made = ctranslate2_peer.ctranslate2_of(str(small / "w4"), tmp_path)
+    contender = contenders.CTranslate2(str(made), 2, "fp16")
+    ids = contenders.token_ids(9, contender.vocabulary)
+    assert contender.run("prefill", 9) > 0 and contender.run("decode", 5) > 0
+    assert contender.run("score", 9) > 0
+    (scores,) = contender.generator.score_batch([[contender.words[i] for i in ids]])
+    model = posttrain.load(small / "full", dtype="float32")
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
+    expected = logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+    assert torch.allclose(torch.tensor(scores.log_probs), expected, atol=0.05)
+    assert 8 < contender.facts()["bits_per_weight"] < 10
 
 
 @pytest.mark.parametrize(

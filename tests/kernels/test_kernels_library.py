@@ -19,12 +19,10 @@ INSTRUCTIONS = {
     "avx2.cpp": ("vpmaddubsw", "vfmadd"),
     "avx512.cpp": ("vpdpbusd", "zmm", "vpternlog"),
     "amx.cpp": ("tdpbsud", "tileloadd"),
-    "portable.cpp": (),
-    "linear.cpp": (),
 }
-WIDER = {
-    "portable.cpp": ("ymm", "zmm", "tdpb"),
-    "linear.cpp": ("ymm", "zmm", "tdpb"),
+PLAIN = ("portable.cpp", "linear.cpp", "decoder.cpp", "sampling.cpp")
+INSTRUCTIONS |= dict.fromkeys(PLAIN, ())
+WIDER = {source: ("ymm", "zmm", "tdpb") for source in PLAIN} | {
     "avx2.cpp": ("zmm", "tdpb", "vpdpbusd"),
     "avx512.cpp": ("tdpb",),
 }
@@ -185,6 +183,15 @@ assert grown < 1.1 * sum(map(len, kept)) + (4 << 20), grown
 """
     done = run(code)
     assert done.returncode == 0, done.stderr
+
+
+@needs_native
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_a_pool_does_every_item_once(tmp_path):
+    program = tmp_path / "every_item_once"
+    sources = [Path(__file__).with_name("every_item_once.cpp"), build.SOURCES / "threads.cpp"]
+    output("c++", "-std=c++17", "-O2", "-pthread", f"-I{build.SOURCES}", *sources, "-o", program)
+    output(program)
 
 
 @pytest.mark.skipif(

@@ -6,17 +6,20 @@ Tokens are arbitrary but the same for all: no engine's speed depends on them.
 """
 
 import ctypes
+import json
 import math
 import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
 from posttrain import kernels
+from posttrain.bench.ctranslate2_peer import FACTS
 from posttrain.errors import UserError
 
 ROWS = 64  # logits are looked at in parts of so many positions
@@ -206,8 +209,62 @@ class LlamaCpp(Contender):
         }
 
 
+class CTranslate2(Contender):
+    """CTranslate2 in INT8: weights per row, activations per token, float32 between products."""
+
+    def prepare(self, source: str) -> None:
+        import ctranslate2  # noqa: F401
+
+    def load(self, source: str, threads: int, cache: str) -> None:
+        import ctranslate2
+
+        self.generator = ctranslate2.Generator(
+            source, device="cpu", compute_type="int8", inter_threads=1, intra_threads=threads
+        )
+        self.source = Path(source)
+        self.words = json.loads((self.source / "vocabulary.json").read_text(encoding="utf-8"))
+        self.vocabulary = len(self.words)
+
+    def _generate(self, tokens: list[int], count: int) -> None:
+        """Draw so many tokens greedily; it has no way to stop after the prompt's logits."""
+        (result,) = self.generator.generate_batch(
+            [[self.words[token] for token in tokens]],
+            min_length=count,
+            max_length=count,
+            include_prompt_in_result=False,
+        )
+        drawn = len(result.sequences_ids[0])
+        if drawn != count:
+            raise UserError(f"CTranslate2 drew {drawn} tokens, not {count}")
+
+    def prefill(self, tokens: list[int]) -> None:
+        self._generate(tokens, 1)
+
+    def decode(self, count: int) -> None:
+        self._generate([1], count)
+
+    def score(self, tokens: list[int]) -> None:
+        self.generator.score_batch([[self.words[token] for token in tokens]])
+
+    def describe(self) -> dict[str, Any]:
+        import ctranslate2
+
+        facts = json.loads((self.source / FACTS).read_text(encoding="utf-8"))
+        size = os.path.getsize(self.source / "model.bin")
+        return {
+            "kernel": f"CTranslate2 {ctranslate2.__version__} {self.generator.compute_type}",
+            "bits_per_weight": 8 * size / facts["parameters"],
+            "weight_bytes": size,
+        }
+
+
 def contender_named(name: str) -> type[Contender]:
-    return {"posttrain": Posttrain, "transformers": Transformers, "llama.cpp": LlamaCpp}[name]
+    return {
+        "posttrain": Posttrain,
+        "transformers": Transformers,
+        "llama.cpp": LlamaCpp,
+        "ctranslate2": CTranslate2,
+    }[name]
 
 
 def _llama_features(info: str) -> str:

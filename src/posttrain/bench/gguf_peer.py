@@ -36,13 +36,17 @@ def nearest_type(model: str) -> str:
     return next(name for most, name in TYPES if bits <= most)
 
 
+def origin_of(model: str) -> str:
+    """The model that `model` was quantized from, or itself."""
+    report = Path(model) / "posttrain.json"
+    if not report.is_file():
+        return model
+    return str(json.loads(report.read_text(encoding="utf-8"))["model"])
+
+
 def gguf_of(model: str, kind: str, folder: Path) -> Path:
     """A GGUF file of type `kind` in `folder`, of the model that `model` was quantized from."""
-    report = Path(model) / "posttrain.json"
-    origin = model
-    if report.is_file():
-        origin = json.loads(report.read_text(encoding="utf-8"))["model"]
-    source = open_source(origin)
+    source = open_source(origin_of(model))
     plain = source.path if source.kind == "gguf" else _written(source, folder / "plain.gguf")
     return _requantized(plain, kind, folder / f"{kind}.gguf")
 

@@ -16,12 +16,18 @@ from typing import Any
 import psutil
 
 from posttrain import kernels
+from posttrain.bench.ctranslate2_peer import ctranslate2_of
 from posttrain.bench.gguf_peer import gguf_of, nearest_type
 from posttrain.bench.process import Worker
 from posttrain.errors import UserError, did_you_mean
 
-PEERS = {"transformers": "transformers", "llama.cpp": "llama_cpp"}  # name -> module it needs
-INSTALL = {"llama.cpp": "pip install llama-cpp-python", "transformers": "pip install transformers"}
+# name -> module it needs
+PEERS = {"llama.cpp": "llama_cpp", "transformers": "transformers", "ctranslate2": "ctranslate2"}
+INSTALL = {
+    "llama.cpp": "pip install llama-cpp-python",
+    "transformers": "pip install transformers",
+    "ctranslate2": "pip install ctranslate2",
+}
 PROBE_BYTES = 2**30  # far more than caches hold
 FIRST_TOKEN = 16  # tokens of the short prompt whose first answer token is timed
 
@@ -55,7 +61,8 @@ def bench(
     Args:
         model: a directory, hub id, GGUF file or "demo".
         against: peers in the same run: "llama.cpp" (of the model this one was quantized from, in
-            the GGUF type of the same width), "transformers" (float32).
+            the GGUF type of the same width), "transformers" (float32), "ctranslate2" (INT8, of the
+            model this one was quantized from).
         threads: how many, or several counts; None: one, and one per processor.
         prefill, decode: tokens of a prompt, and of an answer.
         rounds: how often everything is repeated.
@@ -83,6 +90,8 @@ def bench(
             if name == "llama.cpp":
                 kind = nearest_type(str(model))
                 sources[name] = str(gguf_of(str(model), kind, Path(folder)))
+            elif name == "ctranslate2":
+                sources[name] = str(ctranslate2_of(str(model), Path(folder)))
         found = []
         for count in counts:
             plan = _Round(count, prefill, decode, rounds, cache)

@@ -26,7 +26,7 @@ def arguments(parser: Parser) -> None:
         metavar="NAMES",
         type=words,
         default=(),
-        help="peers in the same run, separated by commas: llama.cpp, transformers",
+        help="peers in the same run, separated by commas: llama.cpp, transformers, ctranslate2",
     )
     add(
         "--threads",
