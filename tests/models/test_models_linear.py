@@ -228,6 +228,8 @@ def test_native_layers_compute_the_same_product_and_give_their_codes_back(weight
         slack = bound + step * q.dequantize().abs().amax()
         assert ((layer(x) - want).abs() <= slack).all()
         assert torch.equal(layer.qweight().codes, q.codes)
+    index = torch.tensor([49, 0, 7, 7])
+    assert torch.equal(layer.rows(index), layer.weight[index])
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
     assert model_size(layer)["bytes"] == sum(tensor.nbytes for tensor in before.values())
     after = layer.state_dict()
@@ -236,3 +238,13 @@ def test_native_layers_compute_the_same_product_and_give_their_codes_back(weight
     assert layer(x.to(torch.bfloat16)).dtype == torch.bfloat16
     layer.resident = "packed"
     assert torch.equal(layer.state_dict()["weight_codes"], before["weight_codes"])
+
+
+@pytest.mark.skipif(not kernels.available(), reason=kernels.find().reason)
+@pytest.mark.parametrize("weight", ["w8", "w6g64", "w4g32", "w3g128"])
+def test_codes_and_scales_are_held_once(weight):
+    layer = QuantLinear.from_qtensor(quantize(random(64, 512), weight), LayerPlan(spec(weight)))
+    stored = model_size(layer)["bytes"]
+    layer.resident = "native"
+    held = layer.kernel().weight.nbytes + sum(buffer.nbytes for buffer in layer.buffers())
+    assert held == stored

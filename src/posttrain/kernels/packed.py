@@ -19,6 +19,7 @@ from posttrain.kernels import library
 from posttrain.kernels.library import SCALE_TYPES, STAGES, Input, Weight
 from posttrain.numbers import QTensor, Spec, fake_quantize
 
+PANEL = 16  # rows that lie together (layout.h)
 GROUP_STEP = 16  # scale groups are multiples of this many columns
 LONGEST_GROUP = 32768  # integer sums of longer ones could overflow 32 bits (layout.h)
 _FLOATS = {torch.float32: (32, 0), torch.bfloat16: (16, 2), torch.float16: (16, 1)}
@@ -88,6 +89,7 @@ class PackedWeight:
 
     struct: Weight
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    scales_dtype: torch.dtype | None = None  # where `scales` are as they were stored
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -175,6 +177,17 @@ class PackedWeight:
         library.check(status, f"rows of a weight {[rows, cols]}")
         return codes
 
+    def scales(self, index: Tensor | None = None) -> Tensor | None:
+        """Scales as they were stored, [rows, groups], or those of rows `index`; None where only
+        products of several are here."""
+        if self.scales_dtype is None:
+            return None
+        rows = self.shape[0]
+        panels = self.tensors["scales"].view(self.scales_dtype).view(-(-rows // PANEL), -1, PANEL)
+        if index is not None:
+            return panels[index // PANEL, :, index % PANEL]
+        return panels.transpose(1, 2).flatten(0, 1)[:rows].contiguous()
+
     def _keep(self, name: str, tensor: Tensor) -> None:
         self.tensors[name] = tensor
         setattr(self.struct, name, tensor.data_ptr())
@@ -216,6 +229,8 @@ class PackedWeight:
         if raw is not None:
             kind, scales, multiplier = raw
             self.struct.multiplier *= multiplier
+            if scales.shape == (rows, groups):
+                self.scales_dtype = scales.dtype
         else:
             kind, scales = "fp32", q.scales.expand((rows, cols))[:, ::width]
         self.struct.scale_type = SCALE_TYPES[kind]

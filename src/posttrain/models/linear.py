@@ -35,7 +35,7 @@ from posttrain.numbers import QTensor, Spec, fake_quantize, quantize
 RESIDENT = ("packed", "dequantized", "native")
 # Largest code magnitude times K that int32 accumulation of two 8-bit operands can hold.
 MAX_INT32_K = (2**31 - 1) // (255 * 255)
-_CODES = "weight" + native.CODES_SUFFIX
+_CODES, _SCALES = "weight" + native.CODES_SUFFIX, "weight_scale_0"
 
 
 class QuantLinear(nn.Module):
@@ -137,12 +137,8 @@ class QuantLinear(nn.Module):
         return native.unpack_qtensor("weight", self.stored_buffers(), self.weight_spec, self.shape)
 
     def stored_buffers(self) -> dict[str, Tensor | None]:
-        """The buffers, with the codes back in their stored layout where a kernel has them."""
-        stored = dict(self._buffers)
-        if self._kernel is not None:
-            codes = self._signed(self._kernel.weight.codes())
-            stored[_CODES] = native.pack_codes(codes, self.weight_spec)
-        return stored
+        """The buffers, with those that a kernel holds back in their stored layout."""
+        return self._buffers | self._from_kernel()
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows [len(index), in] of `weight`, without expanding the others where that can be."""
@@ -152,21 +148,21 @@ class QuantLinear(nn.Module):
         stored = {
             name: None if tensor is None or tensor.numel() == 0 else tensor[index]
             for name, tensor in self._buffers.items()
-        }
-        if self._kernel is not None:
-            stored[_CODES] = native.pack_codes(
-                self._signed(self._kernel.weight.code_rows(index)), spec
-            )
+        } | self._from_kernel(index)
         shape = (len(index), self.in_features)
         return native.unpack_qtensor("weight", stored, spec, shape).dequantize(self.dtype)
 
-    def _signed(self, codes: Tensor) -> Tensor:
-        """Codes of the kernel as the grid has them."""
-        assert self._kernel is not None
-        if self.weight_spec.grid.code_dtype != torch.int8:
-            return codes
-        signed: Tensor = (codes - self._kernel.weight.struct.zero).view(torch.int8)
-        return signed
+    def _from_kernel(self, index: Tensor | None = None) -> dict[str, Tensor | None]:
+        """What only a kernel holds, as it is stored: all rows, or rows `index`."""
+        if self._kernel is None:
+            return {}
+        weight = self._kernel.weight
+        codes = weight.codes() if index is None else weight.code_rows(index)
+        if self.weight_spec.grid.code_dtype == torch.int8:
+            codes = (codes - weight.struct.zero).view(torch.int8)
+        found: dict[str, Tensor | None] = {_CODES: native.pack_codes(codes, self.weight_spec)}
+        scales = weight.scales(index)
+        return found if scales is None else found | {_SCALES: scales}
 
     @property
     def weight(self) -> Tensor:
@@ -191,7 +187,7 @@ class QuantLinear(nn.Module):
         self._dense = None
 
     def kernel(self) -> kernels.PackedLinear:
-        """The weight and input format as the native kernels take them; moves the codes there.
+        """The weight and input format as the native kernels take them; moves codes and scales there.
 
         Raises UserError where `no_kernel` says why there is none.
         """
@@ -200,10 +196,12 @@ class QuantLinear(nn.Module):
                 raise UserError(f"{self.weight_spec} has no kernel here: {self.no_kernel}")
             self._kernel = pack_linear(self.qweight(), self.layer, self.bias)
             self._buffers[_CODES] = torch.empty(0, dtype=torch.uint8)
+            if (scales := self._kernel.weight.scales_dtype) is not None:
+                self._buffers[_SCALES] = torch.empty(0, dtype=scales)
         return self._kernel
 
     def _leave_kernel(self) -> None:
-        self._buffers[_CODES] = self.stored_buffers()[_CODES]
+        self._buffers.update(self._from_kernel())
         self._kernel = None
 
     @property
