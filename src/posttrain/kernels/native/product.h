@@ -17,11 +17,11 @@
 
 namespace {
 
-static const int64_t kRowAhead = 512; /* the same for each of 16 rows read side by side */
 /* One token reads two panels side by side, each asking for memory so many bytes ahead: two streams
  * come a fifth faster than one, however far ahead that one asks. */
 static const int kStreams = 2;
 static const int64_t kAhead = 1152; /* 768 is good for some formats and a fifth slower for others */
+static const int64_t kRowAhead = 512; /* for each of 16 rows read side by side */
 
 /* ------------------------------------------------------------------------------- unpacking */
 
