@@ -299,7 +299,13 @@ def test_log_partition_is_logsumexp(isa):
         logits[:, 0] = 3.0
         found, wanted = kernels.log_partition(logits), logits.double().logsumexp(-1)
         assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max().clamp(min=1)
-    broken = torch.zeros(3, 40)
-    broken[0, 3], broken[1, 39], broken[2] = torch.nan, torch.inf, -torch.inf
-    found = kernels.log_partition(broken)
-    assert found[0].isnan() and found[1] == torch.inf and found[2] == -torch.inf
+    # Every run has a larger maximum than those before, or smaller, or there is nothing in the first.
+    slope = torch.linspace(0, 2, 5000).repeat(3, 1)
+    slope[1], slope[2, :2000] = slope[1].flip(0), -torch.inf
+    found, wanted = kernels.log_partition(slope), slope.double().logsumexp(-1)
+    assert (found - wanted).abs().max() < 1e-5
+    for cols, at in [(40, 3), (40, 39), (3000, 2500)]:
+        broken = torch.zeros(3, cols)
+        broken[0, at], broken[1, at], broken[2] = torch.nan, torch.inf, -torch.inf
+        found = kernels.log_partition(broken)
+        assert found[0].isnan() and found[1] == torch.inf and found[2] == -torch.inf
