@@ -10,8 +10,9 @@ namespace {
 #define BOTH(i) for (int i = 0; i < 2; i++)
 
 /* 2 panels x 2 tokens: 8 registers of sums, 4 of weights, 1 of activations, 3 temporaries. */
+static const int kRun = kStep; /* columns of a tile's loop at a time */
 static const int kGemvTokens = 4;
-static constexpr TileShape kTile = {2, 2}, kFloatTile = {2, 2};
+static constexpr TileShape kTile = {2, 2}, kGroupedTile = {2, 2}, kFloatTile = {2, 2};
 static constexpr TileShape kAttentionTile = {2, 2}; /* vectors, queries */
 
 struct Bytes { __m256i v[2]; };
@@ -45,6 +46,7 @@ INLINE Bytes insert(Bytes low, Bytes b) {
   return low;
 }
 INLINE void opaque(Bytes &b) { __asm__ volatile("" : "+x"(b.v[0]), "+x"(b.v[1])); }
+INLINE void hold(Bytes &) {}
 INLINE Bytes repeat16(const uint8_t *table) {
   __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
   return {{v, v}};

@@ -92,7 +92,7 @@ class Pass {
   }
 
   void embed_all(const int32_t *ids) {
-    for_token_blocks(tokens_, [&](int64_t first, int64_t last) {
+    for_token_blocks(tokens_, [&](int64_t first, int64_t last, int) {
       for (int64_t t = first; t < last; t++)
         embed(*m_.embedding, ids[t], m_.embedding_scale, x + t * m_.width);
     });
@@ -105,7 +105,7 @@ class Pass {
     float *out[] = {q_, k_, v_};
     const int64_t ld[] = {queries_, keys_, keys_};
     multiply_all(qkv, 3, h, m_.width, tokens_, b.qkv_input, out, ld);
-    for_token_blocks(tokens_, [&](int64_t first, int64_t last) {
+    for_token_blocks(tokens_, [&](int64_t first, int64_t last, int) {
       for (int64_t t = first; t < last; t++) place(b, index, t);
     });
     attend(b, index);
@@ -120,7 +120,7 @@ class Pass {
     float *out[] = {gate_, up_};
     const int64_t ld[] = {hidden, hidden};
     multiply_all(both, 2, h, m_.width, tokens_, b.mlp_input, out, ld);
-    for_token_blocks(tokens_, [&](int64_t first, int64_t last) {
+    for_token_blocks(tokens_, [&](int64_t first, int64_t last, int) {
       for (int64_t t = first; t < last; t++)
         kernels_.gated(m_.activation, gate_ + t * hidden, up_ + t * hidden, hidden);
     });
@@ -129,7 +129,7 @@ class Pass {
 
   /* What enters the head. */
   void finish(const int32_t *want, int64_t wanted, float *out) {
-    for_token_blocks(wanted, [&](int64_t first, int64_t last) {
+    for_token_blocks(wanted, [&](int64_t first, int64_t last, int) {
       for (int64_t i = first; i < last; i++)
         kernels_.rms_norm(x + want[i] * m_.width, m_.norm, m_.eps, m_.width, out + i * m_.width);
     });
@@ -144,7 +144,7 @@ class Pass {
   }
 
   void normalize(const float *gain) {
-    for_token_blocks(tokens_, [&](int64_t first, int64_t last) {
+    for_token_blocks(tokens_, [&](int64_t first, int64_t last, int) {
       for (int64_t t = first; t < last; t++)
         kernels_.rms_norm(x + t * m_.width, gain, m_.eps, m_.width, h + t * m_.width);
     });
@@ -155,7 +155,7 @@ class Pass {
                const float *out_norm) {
     const int64_t width = m_.width;
     multiply_all(&weight, 1, from, ld, tokens_, input, &h, &width);
-    for_token_blocks(tokens_, [&](int64_t first, int64_t last) {
+    for_token_blocks(tokens_, [&](int64_t first, int64_t last, int) {
       for (int64_t t = first; t < last; t++) {
         float *y = h + t * width;
         if (out_norm) kernels_.rms_norm(y, out_norm, m_.eps, width, y);
@@ -237,7 +237,7 @@ void head(const pt_model &m, const float *hidden, int64_t rows, float *logits) {
   const int64_t vocabulary = m.vocabulary;
   multiply_all(&m.head, 1, hidden, m.width, rows, m.head_input, &logits, &vocabulary);
   if (m.logit_cap == 0 && m.logit_scale == 1) return;
-  for_token_blocks(rows, [&](int64_t first, int64_t last) {
+  for_token_blocks(rows, [&](int64_t first, int64_t last, int) {
     float *row = logits + first * vocabulary;
     const int64_t n = (last - first) * vocabulary;
     if (m.logit_scale != 1)

@@ -50,6 +50,18 @@ bool has_amx() {
 #endif
 }
 
+/* AMD's cores (measured on Zen 5) bring a single stream in fastest, asked for early: with 4-bit codes
+ * a quarter faster than two. Intel's (Sapphire Rapids) bring in two a fifth faster than one, however
+ * early that is asked for. */
+Reading suitable_reading() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  const unsigned authentic_amd = 0x68747541; /* "Auth", the first letters of the vendor's name */
+  if (__get_cpuid(0, &a, &b, &c, &d) && b == authentic_amd) return {1, 8192};
+#endif
+  return {2, 1152};
+}
+
 struct Choice {
   const Kernels *(*kernels)();
   bool (*present)();
@@ -77,6 +89,11 @@ const Kernels *find(const char *name) {
 const Kernels *active = nullptr;
 
 }  // namespace
+
+const Reading &reading() {
+  static const Reading found = suitable_reading();
+  return found;
+}
 
 const Kernels &active_kernels() {
   if (!active) active = find("");

@@ -113,9 +113,8 @@ struct Kernels {
   Codes (*unpack)(const pt_weight &, const Block &, uint8_t *scratch);
   /* One token times the block-Hadamard matrix of models/rotation.py, in place. */
   void (*rotate)(float *x, int64_t cols);
-  /* Tokens [first, last): x [.., ldx] to codes, scales and segment sums. */
-  void (*quantize)(const float *x, int64_t ldx, int64_t cols, const pt_input &, int64_t first,
-                   int64_t last, Activations &);
+  /* One token, x [cols], to codes, scales and segment sums. */
+  void (*quantize)(const float *x, int64_t cols, const pt_input &, int64_t token, Activations &);
   /* Between the products of a decoder block (block.h). */
   void (*rms_norm)(const float *x, const float *gain, float eps, int64_t n, float *y);
   void (*gated)(int32_t kind, float *gate, const float *up, int64_t n);
@@ -130,6 +129,14 @@ struct Kernels {
   int32_t (*read_bytes)(const uint8_t *from, int64_t bytes);
   int32_t (*multiply_registers)(int64_t rounds);
 };
+
+/* How one token's product reads packed codes: panels side by side, and how many bytes ahead it asks
+ * for memory. Neither changes a result. */
+struct Reading {
+  int streams; /* 1 or 2 */
+  int64_t ahead;
+};
+const Reading &reading(); /* what suits this processor (dispatch.cpp) */
 
 /* Null where the library was built for another architecture. */
 const Kernels *portable_kernels();
@@ -155,7 +162,8 @@ static inline int64_t carried_bytes(int64_t panels, int64_t tokens) {
 static inline int64_t gemm_scratch(const Kernels &k, const Product &product, int64_t tokens) {
   const int64_t panels = k.gemm_tile(product).panels;
   if (!in_integers(product)) return panels * panel_bytes(product.weight->cols, 32);
-  return carried_bytes(kTilesOfShare * panels, tokens) + panels * panel_bytes(product.x.block, 8);
+  const int64_t scales = panels * product.x.block / product.x.segment * kPanel * (int64_t)sizeof(float);
+  return carried_bytes(kTilesOfShare * panels, tokens) + panels * panel_bytes(product.x.block, 8) + scales;
 }
 
 #endif

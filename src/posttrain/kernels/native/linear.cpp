@@ -67,17 +67,7 @@ class Prepared {
  public:
   Prepared(const Kernels &kernels, const float *x, int64_t ldx, int64_t tokens, int64_t cols,
            const pt_input &in)
-      : kernels_(kernels), in_(in), x_(x), ldx_(ldx), tokens_(tokens), cols_(cols), few_(tokens <= kFewTokens) {
-    if (!in.rotate) return;
-    float *rotated = workspace().rotated.get<float>(tokens * cols);
-    for_token_blocks(tokens, [&](int64_t first, int64_t last) {
-      for (int64_t t = first; t < last; t++) {
-        memcpy(rotated + t * cols, x_ + t * ldx_, cols * sizeof(float));
-        kernels_.rotate(rotated + t * cols, cols);
-      }
-    });
-    x_ = rotated, ldx_ = cols;
-  }
+      : kernels_(kernels), in_(in), x_(x), ldx_(ldx), tokens_(tokens), cols_(cols), few_(tokens <= kFewTokens) {}
 
   /* For weights of `groups` groups of `group` columns. */
   Activations quantized(int64_t segment, int64_t groups, int64_t group) {
@@ -96,9 +86,7 @@ class Prepared {
     a.codes = workspace().codes.get<int8_t>(blocks * (tokens_ + kTokenSlack) * a.stride);
     a.scales = workspace().scales.get<float>((tokens_ + kTokenSlack) * a.scale_groups);
     a.sums = workspace().sums.get<int32_t>((tokens_ + kTokenSlack) * a.segments);
-    for_token_blocks(tokens_, [&](int64_t first, int64_t last) {
-      kernels_.quantize(x_, ldx_, cols_, in_, first, last, a);
-    });
+    for_rows([&](int64_t t, const float *row) { kernels_.quantize(row, cols_, in_, t, a); });
     return a;
   }
 
@@ -109,26 +97,51 @@ class Prepared {
     Activations a{};
     a.tokens = tokens_, a.stride = padded(cols_);
     a.scale_group = cols_, a.scale_groups = 1;
-    if (!in_.bits && a.stride == cols_ && ldx_ == cols_) {
+    if (!in_.bits && !in_.rotate && a.stride == cols_ && ldx_ == cols_) {
       a.values = x_;
       return a;
     }
     float *values = workspace().values.get<float>(tokens_ * a.stride);
     a.values = values;
-    for_token_blocks(tokens_, [&](int64_t first, int64_t last) {
+    auto pad = [&](float *row) { memset(row + cols_, 0, (a.stride - cols_) * sizeof(float)); };
+    if (!in_.bits) {
+      for_rows([&](int64_t t, const float *row) {
+        memcpy(values + t * a.stride, row, cols_ * sizeof(float));
+        pad(values + t * a.stride);
+      });
+      return a;
+    }
+    for_token_blocks(tokens_, [&](int64_t first, int64_t last, int) {
       for (int64_t t = first; t < last; t++) {
         float *row = values + t * a.stride;
         for (int64_t k = 0; k < cols_; k++)
-          row[k] = in_.bits ? *codes.codes_at(t, k) *
-                                  codes.scales[t * codes.scale_groups + k / codes.scale_group]
-                            : x_[t * ldx_ + k];
-        memset(row + cols_, 0, (a.stride - cols_) * sizeof(float));
+          row[k] = *codes.codes_at(t, k) * codes.scales[t * codes.scale_groups + k / codes.scale_group];
+        pad(row);
       }
     });
     return a;
   }
 
  private:
+  /* Calls f(token, row) with each token as products see it: rotated, where they want it so, in memory
+   * of the thread's own that the next one takes over. */
+  template <class F>
+  void for_rows(F f) {
+    float *rotated = in_.rotate ? workspace().rotated.get<float>(thread_count() * cols_) : nullptr;
+    for_token_blocks(tokens_, [&](int64_t first, int64_t last, int thread) {
+      for (int64_t t = first; t < last; t++) {
+        const float *row = x_ + t * ldx_;
+        if (rotated) {
+          float *own = rotated + thread * cols_;
+          memcpy(own, row, cols_ * sizeof(float));
+          kernels_.rotate(own, cols_);
+          row = own;
+        }
+        f(t, row);
+      }
+    });
+  }
+
   const Kernels &kernels_;
   const pt_input &in_;
   const float *x_;
@@ -254,7 +267,7 @@ int32_t pt_rotate(float *x, int64_t tokens, int32_t cols) {
   if (cols < 1 || tokens < 0) return PT_BAD_SHAPE;
   if (tokens == 0) return PT_OK;
   std::lock_guard<std::mutex> guard(engine_lock());
-  for_token_blocks(tokens, [&](int64_t first, int64_t last) {
+  for_token_blocks(tokens, [&](int64_t first, int64_t last, int) {
     for (int64_t t = first; t < last; t++) active_kernels().rotate(x + t * cols, cols);
   });
   return PT_OK;

@@ -32,14 +32,14 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-/* Calls f(first, last) for blocks of tokens; few tokens are one block. */
+/* Calls f(first, last, thread) for blocks of tokens; few tokens are one block. */
 template <class F>
 void for_token_blocks(int64_t tokens, F f) {
   int64_t block = ceil_div(tokens, 4 * thread_count());
   if (tokens < 8) block = tokens;
-  parallel_for(ceil_div(tokens, block), [&](int64_t item, int) {
+  parallel_for(ceil_div(tokens, block), [&](int64_t item, int thread) {
     int64_t first = item * block, last = first + block;
-    f(first, last < tokens ? last : tokens);
+    f(first, last < tokens ? last : tokens, thread);
   });
 }
 

@@ -10,8 +10,9 @@ namespace {
 #define EACH4(i) for (int i = 0; i < 4; i++)
 
 /* 1 panel x 4 tokens: 16 registers of sums, 4 of weights, 4 of activations. */
+static const int kRun = kStep; /* columns of a tile's loop at a time */
 static const int kGemvTokens = 4;
-static constexpr TileShape kTile = {1, 4}, kFloatTile = {1, 4};
+static constexpr TileShape kTile = {1, 4}, kGroupedTile = {1, 4}, kFloatTile = {1, 4};
 static constexpr TileShape kAttentionTile = {2, 2}; /* vectors, queries */
 
 struct Bytes { uint8x16_t v[4]; };
@@ -46,6 +47,7 @@ INLINE Bytes insert(Bytes low, Bytes b) {
   return low;
 }
 INLINE void opaque(Bytes &b) { __asm__ volatile("" : "+m"(b)); }
+INLINE void hold(Bytes &) {}
 INLINE Bytes repeat16(const uint8_t *table) {
   Bytes b;
   EACH4(i) b.v[i] = vld1q_u8(table);

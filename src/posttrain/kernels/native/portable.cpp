@@ -6,8 +6,9 @@ namespace {
 
 #define EACH(i, n) for (int i = 0; i < (n); i++)
 
+static const int kRun = kStep; /* columns of a tile's loop at a time */
 static const int kGemvTokens = 1;
-static constexpr TileShape kTile = {1, 1}, kFloatTile = {1, 1};
+static constexpr TileShape kTile = {1, 1}, kGroupedTile = {1, 1}, kFloatTile = {1, 1};
 static constexpr TileShape kAttentionTile = {1, 1}; /* vectors, queries */
 
 struct Bytes { uint8_t at[64]; };
@@ -34,6 +35,7 @@ static inline Bytes insert(Bytes low, Bytes b) {
   return low;
 }
 static inline void opaque(Bytes &b) { __asm__ volatile("" : "+m"(b)); }
+static inline void hold(Bytes &) {}
 static inline Bytes repeat16(const uint8_t *table) {
   Bytes b;
   EACH(i, 64) b.at[i] = table[i % 16];

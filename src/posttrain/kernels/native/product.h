@@ -17,10 +17,10 @@
 
 namespace {
 
-/* One token reads two panels side by side, each asking for memory so many bytes ahead: two streams
- * come a fifth faster than one, however far ahead that one asks. */
-static const int kStreams = 2;
-static const int64_t kAhead = 1152; /* 768 is good for some formats and a fifth slower for others */
+/* How far ahead memory is asked for, in bytes, where several panels are read side by side; a single
+ * token's products read as reading() says. */
+static const int64_t kAhead = 1152;
+static const int64_t kScalesAhead = 512;
 static const int64_t kRowAhead = 512; /* for each of 16 rows read side by side */
 
 /* ------------------------------------------------------------------------------- unpacking */
@@ -37,6 +37,10 @@ INLINE void with_bits(int bits, F f) {
     case 7: return f(Constant<7>{});
     case 8: return f(Constant<8>{});
   }
+}
+
+INLINE int64_t scale_bytes(const pt_weight &w) {
+  return w.scale_type == PT_F32 ? 4 : w.scale_type == PT_F16 || w.scale_type == PT_BF16 ? 2 : 1;
 }
 
 /* Where the codes of a panel lie, from column `begin` on, the first of a unit. */
@@ -114,6 +118,9 @@ struct Tile {
   int64_t panel, token;
   int64_t begin, end;       /* columns */
   float *carried = nullptr; /* sums of the columns before, then of these too */
+  const float *scales = nullptr; /* of the tile's segments, where there are several: floats */
+  int64_t scales_stride = 0;
+  int64_t ahead = kAhead; /* how far ahead packed codes are asked for */
 };
 
 /* What stands before is done before what follows, as far as the compiler is concerned. */
@@ -208,7 +215,7 @@ void packed_tile(const Tile &tile) {
   const Activations &x = tile.product.x;
   const int64_t units = units_of(w.cols), stride = tile.codes.stride;
   /* Towards its end a panel asks for the one that its stream continues with. */
-  const int64_t turn = units - ceil_div(kAhead, unit_bytes(Bits)), jump = (P - 1) * stride;
+  const int64_t turn = units - ceil_div(tile.ahead, unit_bytes(Bits)), jump = (P - 1) * stride;
   const int8_t *codes = x.codes_at(tile.token, 0);
   const uint8_t *unit = tile.codes.first;
   Bytes table = Lookup ? repeat16(w.lookup) : Bytes{};
@@ -217,12 +224,20 @@ void packed_tile(const Tile &tile) {
   F32 floats[P][T];
   UNROLL for (int p = 0; p < P; p++)
     UNROLL for (int t = 0; t < T; t++) floats[p][t] = set_f32(0.0f);
-  auto add_product = [&](int p, int t, F32 sum, F32 factor) INLINE_LAMBDA {
-    floats[p][t] = fma(sum, factor, floats[p][t]);
+  const int64_t group_bytes = kPanel * scale_bytes(w), panel_scales = x.weight_groups * group_bytes;
+  auto scale_sums = [&](int64_t segment) INLINE_LAMBDA {
+    const int64_t group = x.segments_per_group == 1 ? segment : segment / x.segments_per_group;
+    int64_t at = group * group_bytes + kScalesAhead;
+    if (at >= panel_scales) at += (P - 1) * panel_scales;
+    UNROLL for (int p = 0; p < P; p++)
+      prefetch((const uint8_t *)w.scales + (tile.panel + p) * panel_scales + at, group_bytes);
+    end_segment<kAny>(sums, tile, segment, [&](int p, int t, F32 sum, F32 factor) INLINE_LAMBDA {
+      floats[p][t] = fma(sum, factor, floats[p][t]);
+    });
   };
   /* Adds a unit, or half of one, of every panel. */
   auto add_unit = [&](int64_t u, auto first, auto last) INLINE_LAMBDA {
-    const int64_t ahead = kAhead + (u >= turn ? jump : 0);
+    const int64_t ahead = tile.ahead + (u >= turn ? jump : 0);
     UNROLL for (int p = 0; p < P; p++)
       add_steps<Bits, Lookup, Wide, decltype(first)::value, decltype(last)::value>(
           sums, p, unit + p * stride, ahead, codes, x.stride, table);
@@ -231,11 +246,11 @@ void packed_tile(const Tile &tile) {
     for (int64_t u = 0; u < units; u++, unit += unit_bytes(Bits), codes += kUnit) {
       start_segment(sums, tile, 2 * u);
       add_unit(u, Constant<0>{}, Constant<4>{});
-      end_segment<kAny>(sums, tile, 2 * u, add_product);
+      scale_sums(2 * u);
       if (2 * u + 1 == x.segments) break;
       start_segment(sums, tile, 2 * u + 1);
       add_unit(u, Constant<4>{}, Constant<8>{});
-      end_segment<kAny>(sums, tile, 2 * u + 1, add_product);
+      scale_sums(2 * u + 1);
     }
   } else {
     int64_t u = 0;
@@ -245,67 +260,116 @@ void packed_tile(const Tile &tile) {
       start_segment(sums, tile, segment);
       for (; u < end; u++, unit += unit_bytes(Bits), codes += kUnit)
         add_unit(u, Constant<0>{}, Constant<8>{});
-      end_segment<kAny>(sums, tile, segment, add_product);
+      scale_sums(segment);
     }
   }
   write_tile(floats, tile);
 }
 
-/* P panels x T tokens x a block of columns, unpacked before. Only integer sums have room in the
- * registers: floats stay in `carried`, as do the sums of a single segment between two blocks. */
-template <bool Wide, Scales Kind, int P, int T>
-void byte_tile(const Tile &tile) {
-  const pt_weight &w = *tile.product.weight;
-  const Activations &x = tile.product.x;
-  const int64_t stride = tile.codes.stride, ldx = x.stride;
-  const int8_t *block = x.codes_at(tile.token, tile.begin);
-  const bool first = tile.begin == 0, last = tile.end == padded(w.cols), one = x.segments == 1;
-  I32 sums[1][P][T];
-  float *const sums_aside = tile.carried;
-  auto carried = [=](int p, int t) INLINE_LAMBDA { return sums_aside + (p * T + t) * kPanel; };
-  if (first)
-    UNROLL for (int i = 0; i < P * T; i++) store_some(sums_aside + i * kPanel, set_f32(0.0f), kPanel);
-  if (last) {
-    const float *y = tile.product.y + tile.token * tile.product.ldy + tile.panel * kPanel;
-    UNROLL for (int t = 0; t < T; t++)
-      prefetch_far((const uint8_t *)(y + t * tile.product.ldy), P * kVector);
-  }
-  int64_t segment = one ? 0 : tile.begin / x.segment;
-  /* Half a unit of padding is no segment. */
-  for (int64_t begin = tile.begin; begin < tile.end && segment < x.segments; segment++) {
-    const int64_t end = !one && begin + x.segment < tile.end ? begin + x.segment : tile.end;
-    if (first || !one) {
-      start_segment(sums, tile, segment);
-    } else {
-      UNROLL for (int p = 0; p < P; p++)
-        UNROLL for (int t = 0; t < T; t++) sums[0][p][t] = load_bits(carried(p, t));
-    }
-    const uint8_t *codes = tile.codes.first + (begin - tile.begin) * kPanel;
-    const int8_t *values = block + begin - tile.begin;
-    for (; begin < end; begin += kStep, codes += kVector, values += kStep) {
+/* sums[p][t] += the products of columns [begin, end) of a block, unpacked before. */
+template <bool Wide, int P, int T>
+INLINE void add_columns(I32 (&sums)[P][T], const Tile &tile, const int8_t *values, int64_t begin, int64_t end) {
+  const int64_t stride = tile.codes.stride, ldx = tile.product.x.stride;
+  const uint8_t *codes = tile.codes.first + (begin - tile.begin) * kPanel;
+  values += begin - tile.begin;
+  for (; begin < end; begin += kRun, codes += kRun * kPanel, values += kRun)
+    UNROLL for (int k = 0; k < kRun; k += kStep) {
       Bytes step[P];
-      UNROLL for (int p = 0; p < P; p++) step[p] = load_bytes(codes + p * stride);
+      UNROLL for (int p = 0; p < P; p++) step[p] = load_bytes(codes + k * kPanel + p * stride), hold(step[p]);
       UNROLL for (int t = 0; t < T; t++) {
-        Quad four = broadcast4(values + t * ldx);
-        UNROLL for (int p = 0; p < P; p++) sums[0][p][t] = dot<Wide>(sums[0][p][t], step[p], four);
+        Quad four = broadcast4(values + k + t * ldx);
+        UNROLL for (int p = 0; p < P; p++) sums[p][t] = dot<Wide>(sums[p][t], step[p], four);
       }
     }
-    if (one && !last) {
-      UNROLL for (int p = 0; p < P; p++)
-        UNROLL for (int t = 0; t < T; t++) store_bits(carried(p, t), sums[0][p][t]);
-      return;
-    }
-    /* A single segment has left integers here. */
-    end_segment<Kind>(sums, tile, segment, [=](int p, int t, F32 sum, F32 factor) INLINE_LAMBDA {
-      F32 before = one ? set_f32(0.0f) : load_floats(carried(p, t));
-      store_some(carried(p, t), fma(sum, factor, before), kPanel);
-    });
+}
+
+/* Asks for the memory that the last block of a tile is written to. */
+template <int P, int T>
+INLINE void ask_for_output(const Tile &tile) {
+  const float *y = tile.product.y + tile.token * tile.product.ldy + tile.panel * kPanel;
+  UNROLL for (int t = 0; t < T; t++) prefetch_far((const uint8_t *)(y + t * tile.product.ldy), P * kVector);
+}
+
+/* P panels x T tokens x a block of columns under a single scale; integer sums are carried. */
+template <bool Wide, Scales Kind, int P, int T>
+void row_tile(const Tile &tile) {
+  const bool last = tile.end == padded(tile.product.weight->cols);
+  I32 sums[1][P][T];
+  float *const aside = tile.carried;
+  if (last) ask_for_output<P, T>(tile);
+  if (tile.begin == 0) {
+    start_segment(sums, tile, 0);
+  } else {
+    UNROLL for (int p = 0; p < P; p++)
+      UNROLL for (int t = 0; t < T; t++) sums[0][p][t] = load_bits(aside + (p * T + t) * kPanel);
   }
-  if (!last) return;
+  add_columns<Wide>(sums[0], tile, tile.product.x.codes_at(tile.token, tile.begin), tile.begin, tile.end);
+  if (!last) {
+    UNROLL for (int p = 0; p < P; p++)
+      UNROLL for (int t = 0; t < T; t++) store_bits(aside + (p * T + t) * kPanel, sums[0][p][t]);
+    return;
+  }
   F32 floats[P][T];
-  UNROLL for (int p = 0; p < P; p++)
-    UNROLL for (int t = 0; t < T; t++) floats[p][t] = load_floats(carried(p, t));
+  end_segment<Kind>(sums, tile, 0, [&](int p, int t, F32 sum, F32 factor) INLINE_LAMBDA {
+    floats[p][t] = fma(sum, factor, set_f32(0.0f));
+  });
   write_tile(floats, tile);
+}
+
+/* P panels x T tokens x a block of columns of several segments; floats are carried. */
+template <bool Wide, Scales Kind, int P, int T>
+void grouped_tile(const Tile &tile) {
+  const pt_weight &w = *tile.product.weight;
+  const Activations &x = tile.product.x;
+  const int64_t segments = x.segments, scale_groups = x.scale_groups;
+  const int8_t *values = x.codes_at(tile.token, tile.begin);
+  const bool last = tile.end == padded(w.cols);
+  I32 sums[1][P][T];
+  F32 floats[P][T];
+  if (last) ask_for_output<P, T>(tile);
+  UNROLL for (int p = 0; p < P; p++)
+    UNROLL for (int t = 0; t < T; t++)
+      floats[p][t] = tile.begin == 0 ? set_f32(0.0f) : load_floats(tile.carried + (p * T + t) * kPanel);
+  int64_t segment = tile.begin / x.segment;
+  const float *scales = tile.scales;
+  /* Half a unit of padding is no segment. */
+  for (int64_t begin = tile.begin; begin < tile.end && segment < segments; segment++, scales += tile.scales_stride) {
+    const int64_t end = begin + x.segment < tile.end ? begin + x.segment : tile.end;
+    start_segment(sums, tile, segment);
+    add_columns<Wide>(sums[0], tile, values, begin, end);
+    const float *x_scales = nullptr;
+    if (Kind == kRowsAndTokens || (Kind == kAny && scale_groups > 1))
+      x_scales = x.scales + tile.token * scale_groups + (x.segments_per_scale == 1 ? segment : segment / x.segments_per_scale);
+    UNROLL for (int p = 0; p < P; p++) {
+      const F32 scale = load_floats(scales + p * kPanel);
+      UNROLL for (int t = 0; t < T; t++) {
+        I32 sum = sums[0][p][t];
+        if (Kind == kAny) {
+          const int64_t group = x.segments_per_group == 1 ? segment : segment / x.segments_per_group;
+          sum = subtract_product(sum, w.zeros + ((tile.panel + p) * x.weight_groups + group) * kPanel,
+                                 x.sums[(tile.token + t) * segments + segment]);
+        }
+        F32 factor = scale;
+        if (x_scales) factor = mul(scale, set_f32(x_scales[t * scale_groups]));
+        floats[p][t] = fma(to_f32(sum), factor, floats[p][t]);
+      }
+    }
+    begin = end;
+  }
+  if (last) return write_tile(floats, tile);
+  UNROLL for (int p = 0; p < P; p++)
+    UNROLL for (int t = 0; t < T; t++) store_some(tile.carried + (p * T + t) * kPanel, floats[p][t], kPanel);
+}
+
+/* The scales of a block as floats: [segment][panel][16]. */
+void expand_scales(const Product &product, const Block &block, float *out) {
+  const pt_weight &w = *product.weight;
+  const Activations &x = product.x;
+  for (int64_t segment = block.begin / x.segment; segment < x.segments && segment * x.segment < block.end; segment++)
+    for (int64_t panel = block.panel; panel < block.panel_end; panel++, out += kPanel) {
+      const int64_t group = segment / x.segments_per_group;
+      store_some(out, load_scales(w, (panel * x.weight_groups + group) * kPanel), kPanel);
+    }
 }
 
 /* ------------------------------------------------------------------- products in float32 */
@@ -568,10 +632,13 @@ template <int Bits, bool Lookup>
 void integer_gemv(const Product &product, const Share &share) {
   const pt_weight &w = *product.weight;
   const int64_t bytes = panel_bytes(w.cols, Bits);
-  for_tiles<kStreams, kGemvTokens>(share, [&](auto panels, auto tokens, int64_t panel, int64_t token) {
+  auto run = [&](auto panels, auto tokens, int64_t panel, int64_t token) {
     Tile tile{product, {codes_at(w, panel, 0), bytes}, panel, token, 0, padded(w.cols)};
+    tile.ahead = reading().ahead;
     packed_tile<Bits, Lookup, Bits == 8, decltype(panels)::value, decltype(tokens)::value>(tile);
-  });
+  };
+  if (reading().streams == 1) for_tiles<1, kGemvTokens>(share, run);
+  else for_tiles<2, kGemvTokens>(share, run);
 }
 
 template <class Weights>
@@ -652,36 +719,54 @@ void for_blocks(const Product &product, const Share &share, int64_t panels, int6
     }
 }
 
-template <int P, int T>
-void multiply_bytes(const Tile &tile) {
-  const bool wide = tile.product.weight->bits == 8;
+/* Whether a product has one scale for all columns, so that its tiles hold integer sums alone. */
+INLINE bool by_rows(const Product &product) { return product.x.segments == 1; }
+
+INLINE TileShape integer_tile(const Product &product) { return by_rows(product) ? kTile : kGroupedTile; }
+
+template <bool Rows, bool Wide, int P, int T>
+void byte_tile(const Tile &tile) {
+  auto run = [&](auto kind) {
+    constexpr Scales scales = (Scales)decltype(kind)::value;
+    if constexpr (Rows) row_tile<Wide, scales, P, T>(tile);
+    else grouped_tile<Wide, scales, P, T>(tile);
+  };
   switch (scales_of(tile.product)) {
-    case kRows: return wide ? byte_tile<true, kRows, P, T>(tile) : byte_tile<false, kRows, P, T>(tile);
-    case kRowsAndTokens:
-      return wide ? byte_tile<true, kRowsAndTokens, P, T>(tile)
-                  : byte_tile<false, kRowsAndTokens, P, T>(tile);
-    case kAny: return wide ? byte_tile<true, kAny, P, T>(tile) : byte_tile<false, kAny, P, T>(tile);
+    case kRows: return run(Constant<kRows>{});
+    case kRowsAndTokens: return run(Constant<kRowsAndTokens>{});
+    case kAny: return run(Constant<kAny>{});
   }
 }
 
+template <bool Rows, bool Wide>
 void integer_gemm(const Product &product, const Share &share, uint8_t *scratch) {
+  constexpr TileShape shape = Rows ? kTile : kGroupedTile;
   const int64_t tokens = share.token_end - share.token;
-  float *sums = (float *)(scratch + panel_bytes(product.x.block, 8) * kTile.panels);
-  for_blocks(product, share, kTile.panels, ceil_div(tokens, kTile.tokens), sums,
+  float *scales = (float *)(scratch + panel_bytes(product.x.block, 8) * shape.panels);
+  float *sums = scales + (Rows ? 0 : product.x.block / product.x.segment * shape.panels * kPanel);
+  for_blocks(product, share, shape.panels, ceil_div(tokens, shape.tokens), sums,
              [&](const Block &block, Ahead &ahead, float *carried) {
     const Codes codes = unpack(*product.weight, block, scratch);
+    if (!Rows) expand_scales(product, block, scales);
     Share part{block.panel, block.panel_end, share.token, share.token_end};
-    for_tiles<kTile.panels, kTile.tokens>(part, [&](auto panels, auto tokens, int64_t panel, int64_t token) {
+    for_tiles<shape.panels, shape.tokens>(part, [&](auto panels, auto tokens, int64_t panel, int64_t token) {
       constexpr int p = decltype(panels)::value, t = decltype(tokens)::value;
       /* Nothing is carried where there is one block: every tile may use the same memory. */
       const int64_t before = block.end - block.begin == padded(product.weight->cols)
           ? 0 : (token - part.token) * (part.panel_end - part.panel) + (panel - part.panel) * t;
       Tile tile{product, {codes.first + (panel - part.panel) * codes.stride, codes.stride},
-                panel, token, block.begin, block.end, carried + before * kPanel};
+                panel, token, block.begin, block.end, carried + before * kPanel,
+                scales + (panel - part.panel) * kPanel, (part.panel_end - part.panel) * kPanel};
       ahead.step();
-      multiply_bytes<p, t>(tile);
+      byte_tile<Rows, Wide, p, t>(tile);
     });
   });
+}
+
+void integer_gemm(const Product &product, const Share &share, uint8_t *scratch) {
+  const bool wide = product.weight->bits == 8;
+  if (by_rows(product)) wide ? integer_gemm<true, true>(product, share, scratch) : integer_gemm<true, false>(product, share, scratch);
+  else wide ? integer_gemm<false, true>(product, share, scratch) : integer_gemm<false, false>(product, share, scratch);
 }
 
 void float_gemm(const Product &product, const Share &share, uint8_t *scratch) {
@@ -707,7 +792,7 @@ void float_gemm(const Product &product, const Share &share, uint8_t *scratch) {
 }
 
 TileShape gemm_tile(const Product &product) {
-  return in_integers(product) ? kTile : kFloatTile;
+  return in_integers(product) ? integer_tile(product) : kFloatTile;
 }
 
 void gemm(const Product &product, const Share &share, uint8_t *scratch) {
@@ -730,34 +815,66 @@ INLINE float scale_of(uint32_t absmax_bits, const pt_input &in) {
   return scale > 0 ? scale : 0x1p-149f;
 }
 
+/* v[i] and v[i + h] become their sum and difference, for i with bit h clear; h = First, 2 First, ... */
+template <int First, int N>
+INLINE void butterflies(F32 (&v)[N]) {
+  if constexpr (First < N) {
+    UNROLL for (int i = 0; i < N; i++)
+      if (!(i & First)) {
+        const F32 a = v[i], b = v[i + First];
+        v[i] = add(a, b), v[i + First] = subtract(a, b);
+      }
+    butterflies<2 * First>(v);
+  }
+}
+
+/* The stages of a Hadamard product across N vectors `stride` floats apart; within them first, if
+ * `Inside`; and at the end times `norm`. */
+template <int N, bool Inside>
+INLINE void rotate_vectors(float *x, int64_t stride, F32 norm, bool last) {
+  F32 v[N];
+  UNROLL for (int i = 0; i < N; i++) {
+    v[i] = load_floats(x + i * stride);
+    if (Inside) v[i] = butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(v[i]))));
+  }
+  butterflies<1>(v);
+  UNROLL for (int i = 0; i < N; i++) store_some(x + i * stride, last ? mul(v[i], norm) : v[i], kPanel);
+}
+
+/* x [block] times the orthonormal Hadamard matrix, block = 16 * vectors: in one pass over memory, or
+ * in two, eight vectors that lie side by side, then the eight (four, two) that are as far apart. */
+void rotate_block(float *x, int64_t vectors, F32 norm) {
+  switch (vectors) {
+    case 1: return rotate_vectors<1, true>(x, kPanel, norm, true);
+    case 2: return rotate_vectors<2, true>(x, kPanel, norm, true);
+    case 4: return rotate_vectors<4, true>(x, kPanel, norm, true);
+  }
+  const int64_t run = 8 * kPanel;
+  for (int64_t i = 0; i < vectors; i += 8) rotate_vectors<8, true>(x + i * kPanel, kPanel, norm, vectors == 8);
+  for (int64_t i = 0; i < run && vectors > 8; i += kPanel) {
+    if (vectors == 16) rotate_vectors<2, false>(x + i, run, norm, true);
+    else rotate_vectors<4, false>(x + i, run, norm, true);
+  }
+}
+
 /* x [cols] times the orthonormal block-Hadamard matrix of models/rotation.py, in place. */
 void rotate(float *x, int64_t cols) {
+  static_assert(kLargestRotation == 32 * kPanel, "the largest block is the last case of rotate_block");
   int64_t block = cols & -cols;
   if (block > kLargestRotation) block = kLargestRotation;
   const float norm = 1.0f / __builtin_sqrtf((float)block);
-  for (int64_t start = 0; start < cols; start += block) {
-    float *run = x + start;
-    int64_t h = 1;
+  for (float *run = x; run < x + cols; run += block) {
     if (block >= kPanel) {
-      for (int64_t i = 0; i < block; i += kPanel) {
-        F32 v = load_floats(run + i);
-        v = butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(v))));
-        store_some(run + i, v, kPanel);
-      }
-      h = kPanel;
+      rotate_block(run, block / kPanel, set_f32(norm));
+      continue;
     }
-    const bool whole = block >= kPanel;
-    for (; h < block; h *= 2)
-      for (int64_t i = 0; i < block; i += 2 * h)
-        for (int64_t j = i; j < i + h; j += whole ? kPanel : 1) {
-          const int64_t count = whole ? kPanel : 1;
-          F32 a = load_some(run + j, count), b = load_some(run + j + h, count);
-          store_some(run + j, add(a, b), count), store_some(run + j + h, subtract(a, b), count);
+    for (int64_t h = 1; h < block; h *= 2)
+      for (int64_t i = 0; i < block; i++)
+        if (!(i & h)) {
+          const float a = run[i], b = run[i + h];
+          run[i] = a + b, run[i + h] = a - b;
         }
-    for (int64_t i = 0; i < block; i += kPanel) {
-      const int64_t count = block - i < kPanel ? block - i : kPanel;
-      store_some(run + i, mul(load_some(run + i, count), set_f32(norm)), count);
-    }
+    for (int64_t i = 0; i < block; i++) run[i] *= norm;
   }
 }
 
@@ -768,47 +885,45 @@ void encode_columns(const float *x, int64_t begin, int64_t end, float scale, con
   for (int64_t k = begin; k < end; k++) codes[k - begin] = (int8_t)code_of(x[k], scale, in);
 }
 
-void quantize(const float *x, int64_t ldx, int64_t cols, const pt_input &in, int64_t first,
-              int64_t last, Activations &out) {
+void quantize(const float *x, int64_t cols, const pt_input &in, int64_t token, Activations &out) {
   const int64_t whole = padded(cols);
-  for (int64_t token = first; token < last; token++) {
-    const float *row = x + token * ldx;
-    float *scales = const_cast<float *>(out.scales) + token * out.scale_groups;
-    int32_t *sums = const_cast<int32_t *>(out.sums) + token * out.segments;
-    for (int64_t g = 0; g < out.scale_groups; g++) {
-      int64_t begin = g * out.scale_group, end = begin + out.scale_group;
-      if (end > cols) end = cols;
-      uint32_t absmax = largest_magnitude(row + begin, end - begin);
-      scales[g] = scale_of(absmax, in);
-      while (begin < end) {
-        int64_t run = out.block - begin % out.block, to = begin + run < end ? begin + run : end;
-        encode_columns(row, begin, to, scales[g], in, absmax < 0x7f800000u,
-                       const_cast<int8_t *>(out.codes_at(token, begin)));
-        begin = to;
-      }
+  float *scales = const_cast<float *>(out.scales) + token * out.scale_groups;
+  int32_t *sums = const_cast<int32_t *>(out.sums) + token * out.segments;
+  auto codes = [&](int64_t column) { return const_cast<int8_t *>(out.codes_at(token, column)); };
+  for (int64_t g = 0; g < out.scale_groups; g++) {
+    int64_t begin = g * out.scale_group, end = begin + out.scale_group;
+    if (end > cols) end = cols;
+    uint32_t absmax = largest_magnitude(x + begin, end - begin);
+    scales[g] = scale_of(absmax, in);
+    while (begin < end) {
+      int64_t run = out.block - begin % out.block, to = begin + run < end ? begin + run : end;
+      encode_columns(x, begin, to, scales[g], in, absmax < 0x7f800000u, codes(begin));
+      begin = to;
     }
-    for (int64_t k = cols; k < whole; k++) *const_cast<int8_t *>(out.codes_at(token, k)) = 0;
-    for (int64_t s = 0; s < out.segments; s++) {
-      int64_t begin = s * out.segment, end = begin + out.segment;
-      if (end > whole) end = whole;
-      sums[s] = 0;
-      for (; begin < end; begin += out.block - begin % out.block) {
-        int64_t left = out.block - begin % out.block;
-        sums[s] += sum_of(out.codes_at(token, begin), left < end - begin ? left : end - begin);
-      }
+  }
+  for (int64_t k = cols; k < whole; k++) *codes(k) = 0;
+  for (int64_t s = 0; s < out.segments; s++) {
+    int64_t begin = s * out.segment, end = begin + out.segment;
+    if (end > whole) end = whole;
+    sums[s] = 0;
+    for (; begin < end; begin += out.block - begin % out.block) {
+      int64_t left = out.block - begin % out.block;
+      sums[s] += sum_of(codes(begin), left < end - begin ? left : end - begin);
     }
   }
 }
 
 /* ------------------------------------------------------------------------------- probes */
 
-/* Reads every byte once, with the prefetching of a product; the result keeps the reads alive. */
+/* Reads every byte once, in two streams and asked for ahead, which is the fastest way there is on all
+ * processors tried; the result keeps the reads alive. */
 int32_t read_bytes(const uint8_t *from, int64_t bytes) {
+  constexpr int streams = 2;
   const Quad ones = broadcast4((const int8_t *)"\1\1\1\1");
-  const int64_t part = bytes / kStreams;
+  const int64_t part = bytes / streams;
   I32 sums[4] = {set_i32(0), set_i32(0), set_i32(0), set_i32(0)};
   for (int64_t i = 0; i + 4 * kVector <= part; i += 4 * kVector)
-    UNROLL for (int s = 0; s < kStreams; s++) {
+    UNROLL for (int s = 0; s < streams; s++) {
       const uint8_t *at = from + s * part + i;
       prefetch(at + kAhead, 4 * kVector);
       UNROLL for (int j = 0; j < 4; j++) sums[j] = dot<false>(sums[j], load_bytes(at + j * kVector), ones);

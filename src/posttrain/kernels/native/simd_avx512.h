@@ -5,9 +5,11 @@ namespace {
 #include "scalar.h"
 
 
-/* 4 panels x 6 tokens: 24 sums, 4 weights and 1 activation in 32 registers. */
+/* 4 panels x 6 tokens: 24 sums, 4 weights and 1 activation in 32 registers; where groups have scales,
+ * 4 x 3: 12 integer sums and as many floats. */
+static const int kRun = kUnit / 2; /* columns of a tile's loop at a time */
 static const int kGemvTokens = 4;
-static constexpr TileShape kTile = {4, 6}, kFloatTile = {4, 5};
+static constexpr TileShape kTile = {4, 6}, kGroupedTile = {4, 3}, kFloatTile = {4, 5};
 static constexpr TileShape kAttentionTile = {4, 6}; /* vectors, queries */
 
 struct Bytes { __m512i v; };
@@ -35,6 +37,8 @@ INLINE Bytes insert(Bytes low, Bytes b) {
   return {_mm512_ternarylogic_epi32(low.v, moved, mask, 0xf8)}; /* low | (moved & mask) */
 }
 INLINE void opaque(Bytes &b) { __asm__ volatile("" : "+v"(b.v)); }
+/* Where gcc has other uses for the registers it reads weights anew for every token: it may not. */
+INLINE void hold(Bytes &b) { opaque(b); }
 INLINE Bytes repeat16(const uint8_t *table) {
   return {_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table))};
 }
