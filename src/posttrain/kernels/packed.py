@@ -281,7 +281,7 @@ def _interleaved(values: Tensor) -> Tensor:
     source = values.contiguous()
     size = source.element_size()
     count = library.native().pt_scale_count(rows, groups, 1)
-    packed = torch.empty(count * size, dtype=torch.uint8)
+    packed = library.allocate(count * size)
     status = library.native().pt_pack_scales(
         source.data_ptr(), rows, groups, size, packed.data_ptr()
     )

@@ -57,7 +57,7 @@ Reading suitable_reading() {
 #if defined(__x86_64__)
   unsigned a, b, c, d;
   const unsigned authentic_amd = 0x68747541; /* "Auth", the first letters of the vendor's name */
-  if (__get_cpuid(0, &a, &b, &c, &d) && b == authentic_amd) return {1, 8192};
+  if (__get_cpuid(0, &a, &b, &c, &d) && b == authentic_amd) return {1, 4096};
 #endif
   return {2, 1152};
 }

@@ -3,6 +3,9 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include <list>
+#include <mutex>
+
 #include "layout.h"
 #include "posttrain.h"
 
@@ -131,17 +134,74 @@ int32_t pt_pack_scales(const void *scales, int32_t rows, int32_t groups, int32_t
   return PT_OK;
 }
 
-static const int64_t kLargePage = 2 << 20;
+namespace {
 
-void *pt_allocate(int64_t bytes) {
-  void *memory = nullptr;
-  /* Large pages only where they are filled: a small weight on one would take all of its 2 MiB. */
-  const int64_t filled = bytes / kLargePage * kLargePage;
-  if (bytes <= 0 || posix_memalign(&memory, filled ? kLargePage : kVector, bytes)) return nullptr;
+const int64_t kLargePage = 2 << 20, kRegion = 16 * kLargePage;
+
+/* Memory for weights, one after the other in regions of large pages: alone, most would be too small
+ * for one. A region is given back when nothing in it is in use. */
+class Regions {
+ public:
+  void *allocate(int64_t bytes) {
+    bytes = ceil_div(bytes, kVector) * kVector;
+    std::lock_guard<std::mutex> guard(lock_);
+    if (bytes > kRegion / 2) return start(bytes, bytes);
+    if (!open_ || open_->size - open_->used < bytes) {
+      if (!start(kRegion, 0)) return nullptr;
+      open_ = &regions_.back();
+    }
+    open_->live++;
+    open_->used += bytes;
+    return open_->base + open_->used - bytes;
+  }
+
+  void release(const void *memory) {
+    std::lock_guard<std::mutex> guard(lock_);
+    for (auto region = regions_.begin(); region != regions_.end(); ++region) {
+      if (memory < region->base || memory >= region->base + region->size) continue;
+      if (--region->live) return;
+      if (open_ == &*region) open_ = nullptr;
+      free(region->base);
+      regions_.erase(region);
+      return;
+    }
+  }
+
+ private:
+  struct Region {
+    char *base;
+    int64_t size, used, live;
+  };
+
+  void *start(int64_t size, int64_t used) {
+    void *base = nullptr;
+    if (posix_memalign(&base, kLargePage, size)) return nullptr;
 #ifdef MADV_HUGEPAGE
-  if (filled) madvise(memory, filled, MADV_HUGEPAGE);
+    madvise(base, size / kLargePage * kLargePage, MADV_HUGEPAGE);
 #endif
-  return memory;
+    regions_.push_back({(char *)base, size, used, used > 0});
+    return base;
+  }
+
+  std::mutex lock_;
+  std::list<Region> regions_;
+  Region *open_ = nullptr; /* the one that is being filled */
+};
+
+Regions &regions() {
+  static Regions *all = new Regions; /* never destroyed: weights may outlive main */
+  return *all;
 }
 
+}  // namespace
+
+#if defined(PT_SANITIZED) /* every weight apart, so that reading beyond one is seen */
+void *pt_allocate(int64_t bytes) {
+  void *memory = nullptr;
+  return bytes <= 0 || posix_memalign(&memory, kVector, bytes) ? nullptr : memory;
+}
 void pt_free(void *memory) { free(memory); }
+#else
+void *pt_allocate(int64_t bytes) { return bytes <= 0 ? nullptr : regions().allocate(bytes); }
+void pt_free(void *memory) { regions().release(memory); }
+#endif

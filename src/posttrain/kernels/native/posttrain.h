@@ -203,7 +203,8 @@ PT_API int32_t pt_threads(void);
 PT_API double pt_probe_bandwidth(const void *memory, int64_t bytes);
 PT_API double pt_probe_peak(double seconds);
 
-/* Memory on 2 MiB pages where the system gives them: worth a sixth of the bandwidth. */
+/* Memory for weights, which share 2 MiB pages where the system gives them: worth a sixth of the
+ * bandwidth. */
 PT_API void *pt_allocate(int64_t bytes);
 PT_API void pt_free(void *memory);
 

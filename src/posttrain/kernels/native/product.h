@@ -48,29 +48,30 @@ INLINE const uint8_t *codes_at(const pt_weight &w, int64_t panel, int64_t begin)
   return w.codes + panel * panel_bytes(w.cols, w.bits) + panel_bytes(begin, w.bits);
 }
 
-/* Step S of a unit of codes of `Bits` bits, as 64 bytes. */
+/* Step S of a unit of codes of `Bits` bits, whose vectors are v, as 64 bytes. */
 template <int Bits, int S>
-INLINE Bytes unpack_step(const uint8_t *unit) {
+INLINE Bytes unpack_step(const Bytes (&v)[Bits]) {
   if constexpr (Bits == 8) {
-    return load_bytes(unit + S * kVector);
+    return v[S];
   } else if constexpr (Bits >= 4) {
-    Bytes low = field<S % 2 * 4, 4>(load_bytes(unit + S / 2 * kVector));
+    Bytes low = field<S % 2 * 4, 4>(v[S / 2]);
     if constexpr (Bits == 4) return low;
-    const uint8_t *rest = unit + 4 * kVector;
-    if constexpr (Bits == 5) return insert<S, 1, 4>(low, load_bytes(rest));
-    Bytes middle = insert<S % 4 * 2, 2, 4>(low, load_bytes(rest + S / 4 * kVector));
-    if constexpr (Bits == 6) return middle;
-    return insert<S, 1, 6>(middle, load_bytes(rest + 2 * kVector));
+    else if constexpr (Bits == 5) return insert<S, 1, 4>(low, v[4]);
+    else {
+      Bytes middle = insert<S % 4 * 2, 2, 4>(low, v[4 + S / 4]);
+      if constexpr (Bits == 6) return middle;
+      else return insert<S, 1, 6>(middle, v[6]);
+    }
   } else {
-    Bytes low = field<S % 4 * 2, 2>(load_bytes(unit + S / 4 * kVector));
+    Bytes low = field<S % 4 * 2, 2>(v[S / 4]);
     if constexpr (Bits == 2) return low;
-    return insert<S, 1, 2>(low, load_bytes(unit + 2 * kVector));
+    else return insert<S, 1, 2>(low, v[2]);
   }
 }
 
 template <int Bits, bool Lookup, int S>
-INLINE Bytes integer_step(const uint8_t *unit, [[maybe_unused]] Bytes table) {
-  Bytes codes = unpack_step<Bits, S>(unit);
+INLINE Bytes integer_step(const Bytes (&v)[Bits], [[maybe_unused]] Bytes table) {
+  Bytes codes = unpack_step<Bits, S>(v);
   if constexpr (Lookup) return look_up(table, codes);
   return codes;
 }
@@ -78,14 +79,16 @@ INLINE Bytes integer_step(const uint8_t *unit, [[maybe_unused]] Bytes table) {
 /* One unit as 8 steps of bytes. */
 template <int Bits, bool Lookup>
 INLINE void unpack_unit(const uint8_t *unit, uint8_t *out, Bytes table) {
-  store_bytes(out, integer_step<Bits, Lookup, 0>(unit, table));
-  store_bytes(out + 64, integer_step<Bits, Lookup, 1>(unit, table));
-  store_bytes(out + 128, integer_step<Bits, Lookup, 2>(unit, table));
-  store_bytes(out + 192, integer_step<Bits, Lookup, 3>(unit, table));
-  store_bytes(out + 256, integer_step<Bits, Lookup, 4>(unit, table));
-  store_bytes(out + 320, integer_step<Bits, Lookup, 5>(unit, table));
-  store_bytes(out + 384, integer_step<Bits, Lookup, 6>(unit, table));
-  store_bytes(out + 448, integer_step<Bits, Lookup, 7>(unit, table));
+  Bytes v[Bits];
+  UNROLL for (int i = 0; i < Bits; i++) v[i] = load_bytes(unit + i * kVector);
+  store_bytes(out, integer_step<Bits, Lookup, 0>(v, table));
+  store_bytes(out + 64, integer_step<Bits, Lookup, 1>(v, table));
+  store_bytes(out + 128, integer_step<Bits, Lookup, 2>(v, table));
+  store_bytes(out + 192, integer_step<Bits, Lookup, 3>(v, table));
+  store_bytes(out + 256, integer_step<Bits, Lookup, 4>(v, table));
+  store_bytes(out + 320, integer_step<Bits, Lookup, 5>(v, table));
+  store_bytes(out + 384, integer_step<Bits, Lookup, 6>(v, table));
+  store_bytes(out + 448, integer_step<Bits, Lookup, 7>(v, table));
 }
 
 /* The codes of a block as bytes, panel by panel. */
@@ -126,19 +129,19 @@ struct Tile {
 /* What stands before is done before what follows, as far as the compiler is concerned. */
 INLINE void in_this_order() { __asm__ volatile("" ::: "memory"); }
 
-/* sums[c][p][t] += the products of steps First..Last of one unit of panel p. Chains c are
- * independent: a lone accumulator would wait for its own latency. */
+/* sums[c][p][t] += the products of steps First..Last of one unit, v, of panel p. Chains c are
+ * independent: a lone accumulator would wait for its own latency. `next` is the unit to ask for. */
 template <int Bits, bool Lookup, bool Wide, int First, int Last, int C, int P, int T>
-INLINE void add_steps(I32 (&sums)[C][P][T], int p, const uint8_t *unit, int64_t ahead, const int8_t *x,
-                      int64_t ldx, Bytes table) {
+INLINE void add_steps(I32 (&sums)[C][P][T], int p, const Bytes (&v)[Bits], const uint8_t *next,
+                      const int8_t *x, int64_t ldx, Bytes table) {
   if constexpr (First < Last) {
     constexpr int64_t line = First * Bits / 8, lines = (First + 1) * Bits / 8 - line;
-    prefetch(unit + ahead + line * kVector, lines * kVector);
+    prefetch(next + line * kVector, lines * kVector);
     in_this_order(); /* asked for all at once, in whatever order, lines come up to a fifth slower */
-    const Bytes w = integer_step<Bits, Lookup, First>(unit, table);
+    const Bytes w = integer_step<Bits, Lookup, First>(v, table);
     UNROLL for (int t = 0; t < T; t++)
       sums[First % C][p][t] = dot<Wide>(sums[First % C][p][t], w, broadcast4(x + t * ldx + First * kStep));
-    add_steps<Bits, Lookup, Wide, First + 1, Last>(sums, p, unit, ahead, x, ldx, table);
+    add_steps<Bits, Lookup, Wide, First + 1, Last>(sums, p, v, next, x, ldx, table);
   }
 }
 
@@ -155,6 +158,9 @@ INLINE void start_segment(I32 (&sums)[C][P][T], const Tile &tile, int64_t segmen
   }
 }
 
+/* Divisions are slow, and here a divisor is 1 as a rule. */
+INLINE int64_t quotient(int64_t a, int64_t b) { return b == 1 ? a : a / b; }
+
 /* What the sums of a segment are multiplied with, known when compiling for the usual cases. */
 enum Scales { kRows, kRowsAndTokens, kAny };
 
@@ -163,19 +169,17 @@ INLINE Scales scales_of(const Product &product) {
   return product.x.scale_groups > 1 ? kRowsAndTokens : kRows;
 }
 
-/* Calls add(p, t, float(sum), scale) for the sums of a finished segment. */
+/* Calls add(p, t, float(sum), scale) for the sums of a finished segment of a group of weights. */
 template <Scales Kind, int C, int P, int T, class F>
-INLINE void end_segment(I32 (&sums)[C][P][T], const Tile &tile, int64_t segment, F add_product) {
+INLINE void end_segment(I32 (&sums)[C][P][T], const Tile &tile, int64_t segment, int64_t group, F add_product) {
   const pt_weight &w = *tile.product.weight;
   const Activations &x = tile.product.x;
-  /* Divisions are slow, and one segment per group is the rule. */
-  const int64_t group = x.segments_per_group == 1 ? segment : segment / x.segments_per_group;
-  const int64_t x_group = x.segments_per_scale == 1 ? segment : segment / x.segments_per_scale;
   const int64_t segments = x.segments, scale_groups = x.scale_groups;
   const int32_t *x_sums = x.sums + tile.token * segments + segment;
-  const float *x_scales = x.scales + tile.token * scale_groups + x_group;
+  const float *x_scales = nullptr;
+  if (Kind == kRowsAndTokens || (Kind == kAny && scale_groups > 1))
+    x_scales = x.scales + tile.token * scale_groups + quotient(segment, x.segments_per_scale);
   const uint8_t *zeros = Kind == kAny ? w.zeros : nullptr;
-  const bool token_scales = Kind == kRowsAndTokens || (Kind == kAny && scale_groups > 1);
   UNROLL for (int p = 0; p < P; p++) {
     const int64_t at = ((tile.panel + p) * x.weight_groups + group) * kPanel;
     const F32 scale = load_scales(w, at);
@@ -184,7 +188,7 @@ INLINE void end_segment(I32 (&sums)[C][P][T], const Tile &tile, int64_t segment,
       UNROLL for (int c = 1; c < C; c++) sum = add(sum, sums[c][p][t]);
       if (zeros) sum = subtract_product(sum, zeros + at, x_sums[t * segments]);
       F32 factor = scale;
-      if (token_scales) factor = mul(scale, set_f32(x_scales[t * scale_groups]));
+      if (x_scales) factor = mul(scale, set_f32(x_scales[t * scale_groups]));
       add_product(p, t, to_f32(sum), factor);
     }
   }
@@ -209,13 +213,13 @@ INLINE void write_tile(F32 (&floats)[P][T], const Tile &tile) {
 }
 
 /* P panels x T tokens, unpacked on the way. */
-template <int Bits, bool Lookup, bool Wide, int P, int T>
+template <int Bits, bool Lookup, bool Wide, Scales Kind, int P, int T>
 void packed_tile(const Tile &tile) {
   const pt_weight &w = *tile.product.weight;
   const Activations &x = tile.product.x;
-  const int64_t units = units_of(w.cols), stride = tile.codes.stride;
+  const int64_t units = units_of(w.cols), stride = tile.codes.stride, ldx = x.stride;
   /* Towards its end a panel asks for the one that its stream continues with. */
-  const int64_t turn = units - ceil_div(tile.ahead, unit_bytes(Bits)), jump = (P - 1) * stride;
+  const int64_t ahead = tile.ahead, turn = units - ceil_div(ahead, unit_bytes(Bits)), jump = (P - 1) * stride;
   const int8_t *codes = x.codes_at(tile.token, 0);
   const uint8_t *unit = tile.codes.first;
   Bytes table = Lookup ? repeat16(w.lookup) : Bytes{};
@@ -225,22 +229,26 @@ void packed_tile(const Tile &tile) {
   UNROLL for (int p = 0; p < P; p++)
     UNROLL for (int t = 0; t < T; t++) floats[p][t] = set_f32(0.0f);
   const int64_t group_bytes = kPanel * scale_bytes(w), panel_scales = x.weight_groups * group_bytes;
+  const int64_t segments_per_group = x.segments_per_group;
   auto scale_sums = [&](int64_t segment) INLINE_LAMBDA {
-    const int64_t group = x.segments_per_group == 1 ? segment : segment / x.segments_per_group;
+    const int64_t group = quotient(segment, segments_per_group);
     int64_t at = group * group_bytes + kScalesAhead;
     if (at >= panel_scales) at += (P - 1) * panel_scales;
     UNROLL for (int p = 0; p < P; p++)
       prefetch((const uint8_t *)w.scales + (tile.panel + p) * panel_scales + at, group_bytes);
-    end_segment<kAny>(sums, tile, segment, [&](int p, int t, F32 sum, F32 factor) INLINE_LAMBDA {
+    end_segment<Kind>(sums, tile, segment, group, [&](int p, int t, F32 sum, F32 factor) INLINE_LAMBDA {
       floats[p][t] = fma(sum, factor, floats[p][t]);
     });
   };
   /* Adds a unit, or half of one, of every panel. */
   auto add_unit = [&](int64_t u, auto first, auto last) INLINE_LAMBDA {
-    const int64_t ahead = tile.ahead + (u >= turn ? jump : 0);
-    UNROLL for (int p = 0; p < P; p++)
-      add_steps<Bits, Lookup, Wide, decltype(first)::value, decltype(last)::value>(
-          sums, p, unit + p * stride, ahead, codes, x.stride, table);
+    constexpr int from = decltype(first)::value, to = decltype(last)::value;
+    const int64_t further = ahead + (u >= turn ? jump : 0);
+    UNROLL for (int p = 0; p < P; p++) {
+      Bytes v[Bits];
+      UNROLL for (int i = 0; i < Bits; i++) v[i] = load_bytes(unit + p * stride + i * kVector);
+      add_steps<Bits, Lookup, Wide, from, to>(sums, p, v, unit + p * stride + further, codes, ldx, table);
+    }
   };
   if (x.segment == kUnit / 2) { /* two segments a unit */
     for (int64_t u = 0; u < units; u++, unit += unit_bytes(Bits), codes += kUnit) {
@@ -310,7 +318,7 @@ void row_tile(const Tile &tile) {
     return;
   }
   F32 floats[P][T];
-  end_segment<Kind>(sums, tile, 0, [&](int p, int t, F32 sum, F32 factor) INLINE_LAMBDA {
+  end_segment<Kind>(sums, tile, 0, 0, [&](int p, int t, F32 sum, F32 factor) INLINE_LAMBDA {
     floats[p][t] = fma(sum, factor, set_f32(0.0f));
   });
   write_tile(floats, tile);
@@ -339,13 +347,13 @@ void grouped_tile(const Tile &tile) {
     add_columns<Wide>(sums[0], tile, values, begin, end);
     const float *x_scales = nullptr;
     if (Kind == kRowsAndTokens || (Kind == kAny && scale_groups > 1))
-      x_scales = x.scales + tile.token * scale_groups + (x.segments_per_scale == 1 ? segment : segment / x.segments_per_scale);
+      x_scales = x.scales + tile.token * scale_groups + quotient(segment, x.segments_per_scale);
     UNROLL for (int p = 0; p < P; p++) {
       const F32 scale = load_floats(scales + p * kPanel);
       UNROLL for (int t = 0; t < T; t++) {
         I32 sum = sums[0][p][t];
         if (Kind == kAny) {
-          const int64_t group = x.segments_per_group == 1 ? segment : segment / x.segments_per_group;
+          const int64_t group = quotient(segment, x.segments_per_group);
           sum = subtract_product(sum, w.zeros + ((tile.panel + p) * x.weight_groups + group) * kPanel,
                                  x.sums[(tile.token + t) * segments + segment]);
         }
@@ -635,7 +643,9 @@ void integer_gemv(const Product &product, const Share &share) {
   auto run = [&](auto panels, auto tokens, int64_t panel, int64_t token) {
     Tile tile{product, {codes_at(w, panel, 0), bytes}, panel, token, 0, padded(w.cols)};
     tile.ahead = reading().ahead;
-    packed_tile<Bits, Lookup, Bits == 8, decltype(panels)::value, decltype(tokens)::value>(tile);
+    constexpr int p = decltype(panels)::value, t = decltype(tokens)::value;
+    if (scales_of(product) == kRows) packed_tile<Bits, Lookup, Bits == 8, kRows, p, t>(tile);
+    else packed_tile<Bits, Lookup, Bits == 8, kAny, p, t>(tile);
   };
   if (reading().streams == 1) for_tiles<1, kGemvTokens>(share, run);
   else for_tiles<2, kGemvTokens>(share, run);
