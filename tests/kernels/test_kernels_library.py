@@ -186,6 +186,37 @@ assert grown < 1.1 * sum(map(len, kept)) + (4 << 20), grown
 
 
 @needs_native
+def test_memory_of_weights_is_given_back_and_never_shared():
+    """Small ones, which lie together, and large ones, in any order."""
+    code = """
+import ctypes, random, psutil
+from posttrain.kernels import allocate
+order = random.Random(0)
+def rss(): return psutil.Process().memory_info().rss
+allocate(100).fill_(1)
+before = rss()
+kept = {}
+for step in range(500):
+    if kept and order.random() < 0.45:
+        value, block = kept.popitem() if order.random() < 0.5 else (k := order.choice(list(kept)), kept.pop(k))
+        assert (block == value % 251).all(), step
+        del block
+    else:
+        kept[step] = allocate(order.choice([1, 64, 5000, 300_000, 3 << 20, 20 << 20])).fill_(step % 251)
+    if len(kept) > 60: kept.popitem()
+for value, block in kept.items(): assert (block == value % 251).all()
+addresses = sorted((b.data_ptr(), len(b)) for b in kept.values())
+assert all(a + n <= b for (a, n), (b, _) in zip(addresses, addresses[1:]))
+assert all(a % 64 == 0 for a, _ in addresses)
+kept.clear(); block = None
+ctypes.CDLL(None).malloc_trim(0)  # what comparing took
+assert rss() - before < 40 << 20, rss() - before
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_native
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_a_pool_does_every_item_once(tmp_path):
     program = tmp_path / "every_item_once"

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from posttrain import kernels
 from posttrain.errors import UserError
-from posttrain.kernels import InputFormat, PackedWeight
+from posttrain.kernels import InputFormat, PackedWeight, library
 from posttrain.models.linear import integer_product
 from posttrain.models.rotation import rotate
 from posttrain.numbers import QTensor, Scales, Spec, fake_quantize, quantize
@@ -112,6 +112,20 @@ def test_integer_sums_are_exact(isa, weights, activations):
             want = quantize(small, activations).codes.long() @ codes.T
             exact = want.abs() < 2**24
             assert torch.equal(product(small, q, None, activations)[exact], want[exact].float())
+
+
+@pytest.mark.parametrize("weights,activations", [*IN_INTEGERS, *LOOKED_UP])
+def test_how_memory_is_read_changes_no_bit(isa, weights, activations):
+    """Odd panels, rows shorter than what is asked for ahead, and one panel alone."""
+    for rows, cols, tokens in [(16, 32, 1), (53, 640, 1), (100, 2080, 3), (37, 224, 8)]:
+        if not takes(weights, cols) or isa == "portable" and cols > 640:
+            continue
+        q, bias, x = example(weights, rows, cols, tokens)
+        found = []
+        for streams in (1, 2, 0):
+            library.native().pt_set_streams(streams)
+            found.append(product(x, q, bias, activations))
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_sums_too_long_for_32_bits_are_taken_in_parts(isa):

@@ -136,7 +136,8 @@ int32_t pt_pack_scales(const void *scales, int32_t rows, int32_t groups, int32_t
 
 namespace {
 
-const int64_t kLargePage = 2 << 20, kRegion = 16 * kLargePage;
+const int64_t kSmallPage = 1 << 16, kLargePage = 2 << 20; /* pages of 4 to 64 KiB, and of 2 MiB */
+const int64_t kRegion = 16 * kLargePage;
 
 /* Memory for weights, one after the other in regions of large pages: alone, most would be too small
  * for one. A region is given back when nothing in it is in use. */
@@ -161,7 +162,7 @@ class Regions {
       if (memory < region->base || memory >= region->base + region->size) continue;
       if (--region->live) return;
       if (open_ == &*region) open_ = nullptr;
-      free(region->base);
+      munmap(region->base, region->size);
       regions_.erase(region);
       return;
     }
@@ -173,13 +174,20 @@ class Regions {
     int64_t size, used, live;
   };
 
+  /* Not by malloc, which would keep what is given back. */
   void *start(int64_t size, int64_t used) {
-    void *base = nullptr;
-    if (posix_memalign(&base, kLargePage, size)) return nullptr;
+    size = ceil_div(size, kSmallPage) * kSmallPage;
+    const int64_t whole = size + kLargePage; /* some of it starts a large page */
+    void *got = mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (got == MAP_FAILED) return nullptr;
+    const int64_t skipped = (kLargePage - (intptr_t)got % kLargePage) % kLargePage;
+    char *base = (char *)got + skipped;
+    if (skipped) munmap(got, skipped);
+    if (whole - skipped > size) munmap(base + size, whole - skipped - size);
 #ifdef MADV_HUGEPAGE
     madvise(base, size / kLargePage * kLargePage, MADV_HUGEPAGE);
 #endif
-    regions_.push_back({(char *)base, size, used, used > 0});
+    regions_.push_back({base, size, used, used > 0});
     return base;
   }
 

@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 /* Raised with every change of a struct or a signature; Python refuses any other. */
-#define PT_ABI 2
+#define PT_ABI 3
 PT_API int32_t pt_abi(void);
 /* Hash of the sources this library was built from (build.py), or "". */
 PT_API const char *pt_sources(void);
@@ -196,6 +196,9 @@ PT_API int32_t pt_use(const char *isa);
 PT_API const char *pt_isas(void);
 
 PT_API void pt_set_threads(int32_t threads);
+/* How many panels one token's products read side by side: 1, 2, or 0 for what suits the processor.
+ * A result never depends on it. */
+PT_API void pt_set_streams(int32_t streams);
 PT_API int32_t pt_threads(void);
 
 /* What this machine can do with the threads and the instruction set in use: bytes per second read
