@@ -896,30 +896,32 @@ void encode_columns(const float *x, int64_t begin, int64_t end, float scale, con
 }
 
 void quantize(const float *x, int64_t cols, const pt_input &in, int64_t token, Activations &out) {
-  const int64_t whole = padded(cols);
+  const int64_t whole = padded(cols), block = out.block;
   float *scales = const_cast<float *>(out.scales) + token * out.scale_groups;
   int32_t *sums = const_cast<int32_t *>(out.sums) + token * out.segments;
-  auto codes = [&](int64_t column) { return const_cast<int8_t *>(out.codes_at(token, column)); };
-  for (int64_t g = 0; g < out.scale_groups; g++) {
-    int64_t begin = g * out.scale_group, end = begin + out.scale_group;
-    if (end > cols) end = cols;
-    uint32_t absmax = largest_magnitude(x + begin, end - begin);
+  auto codes_at = [&](int64_t column) { return const_cast<int8_t *>(out.codes_at(token, column)); };
+  int8_t *codes = codes_at(0); /* of the block that ends at `block_end` */
+  int64_t block_end = block;
+  for (int64_t g = 0, begin = 0; g < out.scale_groups; g++) {
+    const int64_t end = begin + out.scale_group < cols ? begin + out.scale_group : cols;
+    const uint32_t absmax = largest_magnitude(x + begin, end - begin);
     scales[g] = scale_of(absmax, in);
     while (begin < end) {
-      int64_t run = out.block - begin % out.block, to = begin + run < end ? begin + run : end;
-      encode_columns(x, begin, to, scales[g], in, absmax < 0x7f800000u, codes(begin));
+      if (begin == block_end) codes = codes_at(begin), block_end += block;
+      const int64_t to = block_end < end ? block_end : end;
+      encode_columns(x, begin, to, scales[g], in, absmax < 0x7f800000u, codes + begin - (block_end - block));
       begin = to;
     }
   }
-  for (int64_t k = cols; k < whole; k++) *codes(k) = 0;
-  for (int64_t s = 0; s < out.segments; s++) {
-    int64_t begin = s * out.segment, end = begin + out.segment;
-    if (end > whole) end = whole;
-    sums[s] = 0;
-    for (; begin < end; begin += out.block - begin % out.block) {
-      int64_t left = out.block - begin % out.block;
-      sums[s] += sum_of(codes(begin), left < end - begin ? left : end - begin);
-    }
+  for (int64_t k = cols; k < whole; k++) *codes_at(k) = 0;
+  sums[0] = 0;
+  for (int64_t begin = 0, s = 0; begin < whole; begin += block) {
+    const int8_t *from = codes_at(begin);
+    const int64_t count = begin + block < whole ? block : whole - begin;
+    if (out.segments == 1) sums[0] += sum_of(from, count);
+    else /* blocks are whole segments */
+      for (int64_t k = 0; k < count && s < out.segments; k += out.segment, s++)
+        sums[s] = sum_of(from + k, out.segment < count - k ? out.segment : count - k);
   }
 }
 
