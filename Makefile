@@ -39,7 +39,8 @@ demo: install  ## quantize a small real model, compare, chat, report (4 minutes;
 test: install  ## run the tests (under 15 minutes)
 	$(BIN)/python -m pytest $(ARGS)
 
-# Leaks are not looked for: Python itself keeps memory until it ends.
+# Leaks are not looked for: Python itself keeps memory until it ends; nor whether memory is given back,
+# which a sanitizer puts off.
 sanitize: install  ## run the tests of the kernels with the address and undefined-behaviour sanitizers
 	$(BIN)/python -m posttrain.kernels.build --sanitize --output $(SANITIZED)
 	LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \

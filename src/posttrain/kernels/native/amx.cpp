@@ -265,18 +265,19 @@ void multiply_block(const Work &work, int64_t p, int64_t panels, int64_t panel, 
   }
 }
 
+/* Half units are too short for a tile, floats no codes: vectors multiply them, in shares of their own. */
+bool on_tiles(const Product &product) { return in_integers(product) && product.x.segment % kUnit == 0; }
+
 TileShape amx_tile(const Product &product) {
-  return in_integers(product) ? TileShape{kPanels, kTokens} : avx512_kernels()->gemm_tile(product);
+  return on_tiles(product) ? TileShape{kPanels, kTokens} : avx512_kernels()->gemm_tile(product);
 }
 
 void amx_gemm(const Product &product, const Share &share, uint8_t *scratch) {
   const pt_weight &w = *product.weight;
   const Activations &x = product.x;
   const Kernels &vectors = *avx512_kernels();
-  const int64_t cols = padded(w.cols);
-  int64_t step = 64;
-  while (x.segment % step || cols % step) step /= 2;
-  if (!in_integers(product) || step < kUnit) return vectors.gemm(product, share, scratch);
+  if (!on_tiles(product)) return vectors.gemm(product, share, scratch);
+  const int64_t cols = padded(w.cols), step = x.segment % 64 || cols % 64 ? kUnit : 64;
   const bool zeros = w.zeros || w.zero != middle_of(product), scales = x.scale_groups > 1;
   auto multiply = scales ? zeros ? multiply_block<true, true> : multiply_block<true, false>
                          : zeros ? multiply_block<false, true> : multiply_block<false, false>;

@@ -158,12 +158,17 @@ static inline int64_t carried_bytes(int64_t panels, int64_t tokens) {
   return panels * tokens * kPanel * (int64_t)sizeof(float);
 }
 
+/* Scales of a block of `panels` panels: one for each row and segment. */
+static inline int64_t scales_of_block(const Activations &x, int64_t panels) {
+  return ceil_div(x.block, x.segment) * panels * kPanel;
+}
+
 /* Bytes of scratch that `gemm` needs for a share of up to `tokens` tokens. */
 static inline int64_t gemm_scratch(const Kernels &k, const Product &product, int64_t tokens) {
   const int64_t panels = k.gemm_tile(product).panels;
   if (!in_integers(product)) return panels * panel_bytes(product.weight->cols, 32);
-  const int64_t scales = panels * product.x.block / product.x.segment * kPanel * (int64_t)sizeof(float);
-  return carried_bytes(kTilesOfShare * panels, tokens) + panels * panel_bytes(product.x.block, 8) + scales;
+  return carried_bytes(kTilesOfShare * panels, tokens) + panels * panel_bytes(product.x.block, 8) +
+         scales_of_block(product.x, panels) * (int64_t)sizeof(float);
 }
 
 #endif

@@ -10,9 +10,9 @@ namespace {
 #define EACH4(i) for (int i = 0; i < 4; i++)
 
 /* 1 panel x 4 tokens: 16 registers of sums, 4 of weights, 4 of activations. */
-static const int kRun = kStep; /* columns of a tile's loop at a time */
 static const int kGemvTokens = 4;
 static constexpr TileShape kTile = {1, 4}, kGroupedTile = {1, 4}, kFloatTile = {1, 4};
+static const int kRun = kStep; /* columns of a tile's loop at a time */
 static constexpr TileShape kAttentionTile = {2, 2}; /* vectors, queries */
 
 struct Bytes { uint8x16_t v[4]; };

@@ -6,9 +6,9 @@ namespace {
 
 #define EACH(i, n) for (int i = 0; i < (n); i++)
 
-static const int kRun = kStep; /* columns of a tile's loop at a time */
 static const int kGemvTokens = 1;
 static constexpr TileShape kTile = {1, 1}, kGroupedTile = {1, 1}, kFloatTile = {1, 1};
+static const int kRun = kStep; /* columns of a tile's loop at a time */
 static constexpr TileShape kAttentionTile = {1, 1}; /* vectors, queries */
 
 struct Bytes { uint8_t at[64]; };

@@ -169,9 +169,11 @@ INLINE Scales scales_of(const Product &product) {
   return product.x.scale_groups > 1 ? kRowsAndTokens : kRows;
 }
 
-/* Calls add(p, t, float(sum), scale) for the sums of a finished segment of a group of weights. */
-template <Scales Kind, int C, int P, int T, class F>
-INLINE void end_segment(I32 (&sums)[C][P][T], const Tile &tile, int64_t segment, int64_t group, F add_product) {
+/* Calls add(p, t, float(sum), scale) for the sums of a finished segment, which belongs to a group of
+ * weights; scale_at(p, at) is what those of panel p have, the `at`-th of all. */
+template <Scales Kind, int C, int P, int T, class L, class F>
+INLINE void end_segment(I32 (&sums)[C][P][T], const Tile &tile, int64_t segment, int64_t group, L scale_at,
+                        F add_product) {
   const pt_weight &w = *tile.product.weight;
   const Activations &x = tile.product.x;
   const int64_t segments = x.segments, scale_groups = x.scale_groups;
@@ -182,7 +184,7 @@ INLINE void end_segment(I32 (&sums)[C][P][T], const Tile &tile, int64_t segment,
   const uint8_t *zeros = Kind == kAny ? w.zeros : nullptr;
   UNROLL for (int p = 0; p < P; p++) {
     const int64_t at = ((tile.panel + p) * x.weight_groups + group) * kPanel;
-    const F32 scale = load_scales(w, at);
+    const F32 scale = scale_at(p, at);
     UNROLL for (int t = 0; t < T; t++) {
       I32 sum = sums[0][p][t];
       UNROLL for (int c = 1; c < C; c++) sum = add(sum, sums[c][p][t]);
@@ -236,7 +238,8 @@ void packed_tile(const Tile &tile) {
     if (at >= panel_scales) at += (P - 1) * panel_scales;
     UNROLL for (int p = 0; p < P; p++)
       prefetch((const uint8_t *)w.scales + (tile.panel + p) * panel_scales + at, group_bytes);
-    end_segment<Kind>(sums, tile, segment, group, [&](int p, int t, F32 sum, F32 factor) INLINE_LAMBDA {
+    auto stored = [&](int, int64_t at) INLINE_LAMBDA { return load_scales(w, at); };
+    end_segment<Kind>(sums, tile, segment, group, stored, [&](int p, int t, F32 sum, F32 factor) INLINE_LAMBDA {
       floats[p][t] = fma(sum, factor, floats[p][t]);
     });
   };
@@ -318,7 +321,8 @@ void row_tile(const Tile &tile) {
     return;
   }
   F32 floats[P][T];
-  end_segment<Kind>(sums, tile, 0, 0, [&](int p, int t, F32 sum, F32 factor) INLINE_LAMBDA {
+  auto stored = [&](int, int64_t at) INLINE_LAMBDA { return load_scales(*tile.product.weight, at); };
+  end_segment<Kind>(sums, tile, 0, 0, stored, [&](int p, int t, F32 sum, F32 factor) INLINE_LAMBDA {
     floats[p][t] = fma(sum, factor, set_f32(0.0f));
   });
   write_tile(floats, tile);
@@ -327,11 +331,10 @@ void row_tile(const Tile &tile) {
 /* P panels x T tokens x a block of columns of several segments; floats are carried. */
 template <bool Wide, Scales Kind, int P, int T>
 void grouped_tile(const Tile &tile) {
-  const pt_weight &w = *tile.product.weight;
   const Activations &x = tile.product.x;
-  const int64_t segments = x.segments, scale_groups = x.scale_groups;
+  const int64_t segments = x.segments;
   const int8_t *values = x.codes_at(tile.token, tile.begin);
-  const bool last = tile.end == padded(w.cols);
+  const bool last = tile.end == padded(tile.product.weight->cols);
   I32 sums[1][P][T];
   F32 floats[P][T];
   if (last) ask_for_output<P, T>(tile);
@@ -345,23 +348,11 @@ void grouped_tile(const Tile &tile) {
     const int64_t end = begin + x.segment < tile.end ? begin + x.segment : tile.end;
     start_segment(sums, tile, segment);
     add_columns<Wide>(sums[0], tile, values, begin, end);
-    const float *x_scales = nullptr;
-    if (Kind == kRowsAndTokens || (Kind == kAny && scale_groups > 1))
-      x_scales = x.scales + tile.token * scale_groups + quotient(segment, x.segments_per_scale);
-    UNROLL for (int p = 0; p < P; p++) {
-      const F32 scale = load_floats(scales + p * kPanel);
-      UNROLL for (int t = 0; t < T; t++) {
-        I32 sum = sums[0][p][t];
-        if (Kind == kAny) {
-          const int64_t group = quotient(segment, x.segments_per_group);
-          sum = subtract_product(sum, w.zeros + ((tile.panel + p) * x.weight_groups + group) * kPanel,
-                                 x.sums[(tile.token + t) * segments + segment]);
-        }
-        F32 factor = scale;
-        if (x_scales) factor = mul(scale, set_f32(x_scales[t * scale_groups]));
-        floats[p][t] = fma(to_f32(sum), factor, floats[p][t]);
-      }
-    }
+    auto expanded = [&](int p, int64_t) INLINE_LAMBDA { return load_floats(scales + p * kPanel); };
+    const int64_t group = Kind == kAny ? quotient(segment, x.segments_per_group) : 0; /* of zero points */
+    end_segment<Kind>(sums, tile, segment, group, expanded, [&](int p, int t, F32 sum, F32 factor) INLINE_LAMBDA {
+      floats[p][t] = fma(sum, factor, floats[p][t]);
+    });
     begin = end;
   }
   if (last) return write_tile(floats, tile);
@@ -753,7 +744,7 @@ void integer_gemm(const Product &product, const Share &share, uint8_t *scratch) 
   constexpr TileShape shape = Rows ? kTile : kGroupedTile;
   const int64_t tokens = share.token_end - share.token;
   float *scales = (float *)(scratch + panel_bytes(product.x.block, 8) * shape.panels);
-  float *sums = scales + (Rows ? 0 : product.x.block / product.x.segment * shape.panels * kPanel);
+  float *sums = scales + scales_of_block(product.x, shape.panels);
   for_blocks(product, share, shape.panels, ceil_div(tokens, shape.tokens), sums,
              [&](const Block &block, Ahead &ahead, float *carried) {
     const Codes codes = unpack(*product.weight, block, scratch);
@@ -775,8 +766,9 @@ void integer_gemm(const Product &product, const Share &share, uint8_t *scratch) 
 
 void integer_gemm(const Product &product, const Share &share, uint8_t *scratch) {
   const bool wide = product.weight->bits == 8;
-  if (by_rows(product)) wide ? integer_gemm<true, true>(product, share, scratch) : integer_gemm<true, false>(product, share, scratch);
-  else wide ? integer_gemm<false, true>(product, share, scratch) : integer_gemm<false, false>(product, share, scratch);
+  auto gemm = by_rows(product) ? wide ? integer_gemm<true, true> : integer_gemm<true, false>
+                               : wide ? integer_gemm<false, true> : integer_gemm<false, false>;
+  gemm(product, share, scratch);
 }
 
 void float_gemm(const Product &product, const Share &share, uint8_t *scratch) {

@@ -7,9 +7,9 @@ namespace {
 
 /* 4 panels x 6 tokens: 24 sums, 4 weights and 1 activation in 32 registers; where groups have scales,
  * 4 x 3: 12 integer sums and as many floats. */
-static const int kRun = kUnit / 2; /* columns of a tile's loop at a time */
 static const int kGemvTokens = 4;
 static constexpr TileShape kTile = {4, 6}, kGroupedTile = {4, 3}, kFloatTile = {4, 5};
+static const int kRun = kUnit / 2; /* columns of a tile's loop at a time */
 static constexpr TileShape kAttentionTile = {4, 6}; /* vectors, queries */
 
 struct Bytes { __m512i v; };
