@@ -66,8 +66,7 @@ def cases(count):
 def test_the_native_draw_is_the_references():
     for logits, history, options in cases(600):
         sampling = Sampling(**options)
-        past = np.asarray(history, dtype=np.int32)
-        expected = sampling.reference(logits.numpy().copy(), past)
+        expected = sampling.reference(logits.numpy().copy(), history)
         assert sampling.draw(logits, history) == expected, options
 
 
@@ -89,7 +88,21 @@ def test_logits_that_are_not_numbers_are_refused():
     logits = torch.tensor([1.0, float("nan"), 0.0])
     with pytest.raises(UserError, match="not numbers"):
         Sampling().draw(logits, [])
-    assert Sampling().reference(logits.numpy(), np.zeros(0, np.int32)) == -1
+    assert Sampling().reference(logits.numpy(), []) == -1
+
+
+@pytest.mark.parametrize("size", [1, 5, 16, 1023, 1024, 1025, 3100])
+def test_greedy_takes_the_first_of_the_likeliest_wherever_it_is(size):
+    torch.manual_seed(size)
+    for at in {0, 1, 15, 16, 1022, 1023, 1024, size // 2, size - 2, size - 1} & set(range(size)):
+        logits = torch.randn(size).clamp(max=3.0)
+        logits[at:] = torch.where(torch.rand(size - at) < 0.1, 3.5, logits[at:])
+        logits[at] = 3.5
+        assert Sampling().draw(logits, []) == at
+        logits[at] = float("nan")
+        with pytest.raises(UserError, match="not numbers"):
+            Sampling().draw(logits, [])
+    assert Sampling().draw(torch.full((size,), -float("inf")), []) == 0
 
 
 def test_repetition_is_penalised_on_both_sides_of_zero():

@@ -98,9 +98,9 @@ class Posttrain(Contender):
         self.engine.forward([(self.engine.session(len(tokens), self.cache), tokens)])
 
     def decode(self, count: int) -> None:
-        session, token = self.engine.session(count + 1, self.cache), 1
+        session, text, greedy = self.engine.session(count + 1, self.cache), [1], kernels.Sampling()
         for _ in range(count):
-            token = kernels.Sampling().draw(self.engine.forward([(session, [token])])[0], [])
+            text += self.engine.step([(session, text[-1:])], [greedy], [text])
 
     def score(self, tokens: list[int]) -> None:
         _losses(self.engine.window_logits(torch.tensor([tokens]), len(tokens), ROWS), tokens)

@@ -6,10 +6,11 @@ own length, share a call. All arithmetic between the products is float32.
 """
 
 import ctypes
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from posttrain.errors import UserError
 from posttrain.kernels import library
 from posttrain.kernels.library import ACTIVATIONS, CACHE_TYPES, Block, Model, Weight
 from posttrain.kernels.packed import PackedLinear, PackedWeight
+from posttrain.kernels.sampling import Sampling, drawn
 
 # Angles of positions [start, stop) for rope 0 or 1: [stop - start, rotary], cosines of rotary / 2
 # angles, then their sines.
@@ -202,7 +204,29 @@ class Decoder:
         library.check(status, f"the head of {len(rows)} rows")
         return logits
 
-    def _feed(self, feeds: Feeds, keep: int | None, hidden: bool) -> Tensor:
+    def step(
+        self, feeds: Feeds, samplings: Sequence[Sampling], texts: Sequence[Sequence[int]]
+    ) -> list[int]:
+        """Feed each sequence its next tokens and draw the one after them, in one native call.
+
+        Python between two tokens costs as much as several blocks of a small model, whose weights
+        have driven it out of the caches.
+
+        samplings, texts: of each sequence, how to draw and its text so far, the tokens of `feeds`
+            included.
+
+        Raises UserError as `forward` does, and for logits that are not numbers.
+        """
+        if sum(len(ids) for _, ids in feeds) > CHUNK:
+            rows = zip(samplings, self.forward(feeds), texts, strict=True)
+            return [sampling.draw(logits, text) for sampling, logits, text in rows]
+        self._check(feeds)
+        how = [sampling.struct(text) for sampling, text in zip(samplings, texts, strict=True)]
+        draws, tokens = (library.Draw * len(how))(*how), (ctypes.c_int32 * len(how))()
+        self._call(feeds, library.native().pt_step, draws, ctypes.addressof(tokens))
+        return [drawn(token) for token in tokens]
+
+    def _check(self, feeds: Feeds) -> None:
         for memory, ids in feeds:
             if len(ids) == 0:
                 raise UserError("a sequence has no tokens to feed")
@@ -210,46 +234,55 @@ class Decoder:
                 raise UserError("this memory belongs to another decoder")
         if len({id(memory) for memory, _ in feeds}) < len(feeds):
             raise UserError("a sequence can be fed once in a call")
+
+    def _feed(self, feeds: Feeds, keep: int | None, hidden: bool) -> Tensor:
+        self._check(feeds)
         kept = [len(ids) if keep is None else min(keep, len(ids)) for _, ids in feeds]
         if sum(len(ids) for _, ids in feeds) <= CHUNK:
-            return self._call(feeds, kept, hidden)
+            return self._forward(feeds, kept, hidden)
         rows = []  # one long sequence after the other
         for (memory, ids), wanted in zip(feeds, kept, strict=True):
             for start in range(0, len(ids), CHUNK):
                 part = ids[start : start + CHUNK]
                 after = len(ids) - start - len(part)  # tokens that come later
                 some = min(max(wanted - after, 0), len(part))
-                rows.append(self._call([(memory, part)], [some], hidden))
+                rows.append(self._forward([(memory, part)], [some], hidden))
         return torch.cat(rows)
 
-    def _call(self, feeds: Feeds, kept: Sequence[int], hidden: bool) -> Tensor:
-        ids = np.concatenate([np.asarray(part, dtype=np.int32) for _, part in feeds])
-        if ids.min() < 0 or ids.max() >= self.dimensions.vocabulary:
-            raise UserError(
-                f"token ids must be from 0 to {self.dimensions.vocabulary - 1}; found "
-                f"{ids.min() if ids.min() < 0 else ids.max()}"
-            )
-        ends = np.cumsum([len(part) for _, part in feeds], dtype=np.int32)
-        wanted = np.concatenate(
-            [np.arange(end - n, end, dtype=np.int32) for end, n in zip(ends, kept, strict=True)]
-        )
-        for memory, part in feeds:
-            memory.reserve(memory.length + len(part))
-            memory.struct.length, memory.struct.tokens = memory.length, len(part)
-            self._point_at_angles(memory)
+    def _forward(self, feeds: Feeds, kept: Sequence[int], hidden: bool) -> Tensor:
+        wanted, end = array("i"), 0
+        for (_, part), count in zip(feeds, kept, strict=True):
+            end += len(part)
+            wanted.extend(range(end - count, end))
         out = torch.empty(
             len(wanted), self.dimensions.width if hidden else self.dimensions.vocabulary
         )
         place = out.data_ptr()
-        status = library.native().pt_forward(
-            ctypes.byref(self._model),
-            (library.Memory * len(feeds))(*(memory.struct for memory, _ in feeds)),
-            len(feeds), ids.ctypes.data, wanted.ctypes.data, len(wanted), place if hidden else None, place,
+        self._call(
+            feeds, library.native().pt_forward,
+            wanted.buffer_info()[0], len(wanted), place if hidden else None, place,
         )  # fmt: skip
+        return out
+
+    def _call(self, feeds: Feeds, function: Callable[..., int], *arguments: Any) -> None:
+        """A native function of the next tokens of sequences, which then remember them."""
+        ids = array("i")
+        last = self.dimensions.vocabulary - 1
+        for memory, part in feeds:
+            for token in (min(part), max(part)):
+                if not 0 <= token <= last:
+                    raise UserError(f"token ids must be from 0 to {last}; found {token}")
+            ids.extend(part)
+            memory.reserve(memory.length + len(part))
+            memory.struct.length, memory.struct.tokens = memory.length, len(part)
+            self._point_at_angles(memory)
+        memories = (library.Memory * len(feeds))(*(memory.struct for memory, _ in feeds))
+        status = function(
+            ctypes.byref(self._model), memories, len(feeds), ids.buffer_info()[0], *arguments
+        )
         library.check(status, f"a pass over {len(ids)} tokens")
         for memory, part in feeds:
             memory.length += len(part)
-        return out
 
     def _point_at_angles(self, memory: Memory) -> None:
         start, stop = memory.length, memory.length + memory.struct.tokens
@@ -258,13 +291,15 @@ class Decoder:
                 table = torch.empty(memory.struct.capacity, self.dimensions.rotary)
                 table[start:stop] = self._angles(rope, start, stop)
             else:
-                table = self._tables.get(rope, torch.empty(0))
-                if len(table) < stop:
-                    length = max(2 * len(table), -(-stop // CHUNK) * CHUNK)
-                    table = self._angles(rope, 0, length).to(torch.float32).contiguous()
-                    self._tables[rope] = table
-            memory._angles[rope] = table
-            memory.struct.angles[rope] = table.data_ptr()
+                known = self._tables.get(rope)
+                if known is None or len(known) < stop:
+                    length = max(0 if known is None else 2 * len(known), -(-stop // CHUNK) * CHUNK)
+                    known = self._angles(rope, 0, length).to(torch.float32).contiguous()
+                    self._tables[rope] = known
+                table = known
+            if memory._angles.get(rope) is not table:
+                memory._angles[rope] = table
+                memory.struct.angles[rope] = table.data_ptr()
 
     def _keep(self, tensor: Tensor | None) -> int | None:
         if tensor is None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from posttrain.errors import UserError
 
-ABI = 3
+ABI = 4
 LIBRARY = Path(__file__).with_name("_native.so")
 BUILD = "python -m posttrain.kernels.build"
 STAGES = {"integer": 0, "lookup": 1, "table": 2, "float": 3, "rows": 4}
@@ -104,18 +104,22 @@ class Memory(ctypes.Structure):
 
 
 class Draw(ctypes.Structure):
-    """`pt_sampling` of native/posttrain.h."""
+    """`pt_draw` of native/posttrain.h."""
 
     _fields_ = [
         *((name, _f32) for name in ("temperature", "top_p", "min_p", "repetition_penalty")),
         ("top_k", _i32),
         ("seed", ctypes.c_uint64),
+        ("position", _i64),
+        ("history", _pointer),
+        ("length", _i64),
     ]
 
 
 _weights, _input, _pointers, _lengths = (
     ctypes.POINTER(kind) for kind in (ctypes.POINTER(Weight), Input, _pointer, _i64)
 )
+_model, _memories, _draws = (ctypes.POINTER(kind) for kind in (Model, Memory, Draw))
 _SIGNATURES = {
     "pt_code_bytes": (_i64, [_i32, _i32, _i32]),
     "pt_scale_count": (_i64, [_i32, _i32, _i32]),
@@ -127,22 +131,11 @@ _SIGNATURES = {
     "pt_linear": (_i32, [_weights, _i32, _pointer, _i64, _i64, _input, _pointers, _lengths]),
     "pt_quantize": (_i32, [_pointer, _i64, _i64, _i32, _input, _pointer, _pointer]),
     "pt_rotate": (_i32, [_pointer, _i64, _i32]),
-    "pt_forward": (
-        _i32,
-        [
-            ctypes.POINTER(Model),
-            ctypes.POINTER(Memory),
-            _i32,
-            _pointer,
-            _pointer,
-            _i32,
-            _pointer,
-            _pointer,
-        ],
-    ),
-    "pt_head": (_i32, [ctypes.POINTER(Model), _pointer, _i64, _pointer]),
+    "pt_forward": (_i32, [_model, _memories, _i32, _pointer, _pointer, _i32, _pointer, _pointer]),
+    "pt_step": (_i32, [_model, _memories, _i32, _pointer, _draws, _pointer]),
+    "pt_head": (_i32, [_model, _pointer, _i64, _pointer]),
     "pt_log_partition": (_i32, [_pointer, _i64, _i32, _pointer]),
-    "pt_sample": (_i32, [_pointer, _i32, ctypes.POINTER(Draw), _pointer, _i64, _i64]),
+    "pt_sample": (_i32, [_pointer, _i32, _draws]),
     "pt_probe_bandwidth": (ctypes.c_double, [_pointer, _i64]),
     "pt_probe_peak": (ctypes.c_double, [ctypes.c_double]),
     "pt_sources": (ctypes.c_char_p, []),

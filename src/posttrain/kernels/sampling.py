@@ -53,29 +53,30 @@ class Sampling:
         Raises UserError for logits that are not numbers.
         """
         # numpy copies in this thread; torch's threads would spin on while our own want the cores.
-        own = np.array(logits.detach().to("cpu", torch.float32).numpy())
-        past = np.asarray(history, dtype=np.int32)
-        token = (self._native if library.available() else self.reference)(own, past)
-        if token < 0:
-            raise UserError("the model gives logits that are not numbers: its weights are broken")
-        return token
+        z = logits.detach().to("cpu", torch.float32).numpy().copy()
+        if library.available():
+            how = self.struct(history)
+            token = library.native().pt_sample(z.ctypes.data, len(z), ctypes.byref(how))
+        else:
+            token = self.reference(z, history)
+        return drawn(token)
 
-    def _native(self, z: Logits, past: npt.NDArray[np.int32]) -> int:
+    def struct(self, history: Sequence[int]) -> library.Draw:
+        """How the token after `history` is drawn, as the kernels want to know it."""
         how = library.Draw(
             self.temperature, self.top_p, self.min_p, self.repetition_penalty, self.top_k,
-            self.seed % 2**64,
+            self.seed % 2**64, len(history),
         )  # fmt: skip
-        return int(
-            library.native().pt_sample(
-                z.ctypes.data, len(z), ctypes.byref(how), past.ctypes.data, len(past),
-                len(past),
-            )
-        )  # fmt: skip
-
-    def reference(self, z: Logits, past: npt.NDArray[np.int32]) -> int:
-        """The rule in numpy, on logits that it changes: what native/sampling.cpp is held to. -1 for
-        NaN."""
         if self.repetition_penalty != 1:
+            how.past = np.asarray(history, dtype=np.int32)  # lives as long as what points to it
+            how.history, how.length = how.past.ctypes.data, len(how.past)
+        return how
+
+    def reference(self, z: Logits, history: Sequence[int]) -> int:
+        """The rule in numpy, on logits that a penalty changes: what native/sampling.cpp is held to.
+        -1 for NaN."""
+        if self.repetition_penalty != 1:
+            past = np.asarray(history, dtype=np.int32)
             seen = np.unique(past[(past >= 0) & (past < len(z))])
             penalty = np.float32(self.repetition_penalty)
             z[seen] = np.where(z[seen] > 0, z[seen] / penalty, z[seen] * penalty)
@@ -95,8 +96,15 @@ class Sampling:
             before = np.concatenate([[0.0], np.cumsum(weights)[:-1]])
             order = order[before < float(top_p) * weights.sum()]
         order = order[np.exp(scores[order]) >= float(np.float32(self.min_p))]
-        values = scores[order] + gumbel(self.seed, len(past), order)
+        values = scores[order] + gumbel(self.seed, len(history), order)
         return int(min(order[values == values.max()]))
+
+
+def drawn(token: int) -> int:
+    """A token that was drawn. Raises UserError for -1, which stands for logits that are NaN."""
+    if token < 0:
+        raise UserError("the model gives logits that are not numbers: its weights are broken")
+    return token
 
 
 def gumbel(seed: int, position: int, tokens: npt.NDArray[np.int64]) -> Floats:

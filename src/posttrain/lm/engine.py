@@ -1,7 +1,7 @@
 """Run a loaded model: on the native decoder where it knows the architecture, else in PyTorch.
 
 Both engines offer the same: sessions that are fed tokens and remember them, several at once, and
-give logits in float32. `engine(model)` chooses; what it made is kept as long as the model is, and
+give logits in float32, or draw the next token. `engine(model)` chooses; what it made is kept as long as the model is, and
 made anew when the model's weights have changed.
 """
 
@@ -39,6 +39,14 @@ class Engine(Protocol):
         """Feed sessions; float32 logits [kept tokens, vocabulary] after the last `keep` tokens of
         each (None: all), session by session."""
 
+    def step(
+        self,
+        feeds: Sequence[tuple[Any, Tokens]],
+        samplings: Sequence[Sampling],
+        texts: Sequence[Tokens],
+    ) -> list[int]:
+        """Feed sessions and draw a token after each, whose text so far `texts` holds."""
+
     def window_logits(self, windows: Tensor, count: int, rows: int) -> Iterator[Tensor]:
         """Logits of the last `count` positions but one of each of `windows` [batch, window], in
         parts of at most `rows` rows: all of them at once would take more time to write than to
@@ -60,6 +68,14 @@ class NativeEngine:
 
     def forward(self, feeds: Sequence[tuple[Memory, Tokens]], keep: int | None = 1) -> Tensor:
         return self.decoder.forward(feeds, keep)
+
+    def step(
+        self,
+        feeds: Sequence[tuple[Memory, Tokens]],
+        samplings: Sequence[Sampling],
+        texts: Sequence[Tokens],
+    ) -> list[int]:
+        return self.decoder.step(feeds, samplings, texts)
 
     def window_logits(self, windows: Tensor, count: int, rows: int) -> Iterator[Tensor]:
         for window in windows:
@@ -104,6 +120,15 @@ class TorchEngine:
             session.length += len(ids)
             rows.append(logits[0].float().cpu())
         return torch.cat(rows)
+
+    def step(
+        self,
+        feeds: Sequence[tuple[TorchSession, Tokens]],
+        samplings: Sequence[Sampling],
+        texts: Sequence[Tokens],
+    ) -> list[int]:
+        rows = zip(samplings, self.forward(feeds), texts, strict=True)
+        return [sampling.draw(logits, text) for sampling, logits, text in rows]
 
     def window_logits(self, windows: Tensor, count: int, rows: int) -> Iterator[Tensor]:
         logits = last_logits(self.model, windows, count, use_cache=False)[:, :-1]
@@ -178,10 +203,13 @@ def continuations(
             room = len(prompts[index]) + capacity
             running[index] = runner.session(room), list(prompts[index]), list(prompts[index])
         indices = list(running)
-        logits = runner.forward([(running[i][0], running[i][2]) for i in indices])
-        for row, index in zip(logits, indices, strict=True):
+        tokens = runner.step(
+            [(running[i][0], running[i][2]) for i in indices],
+            [samplings[i] for i in indices],
+            [running[i][1] for i in indices],
+        )
+        for index, token in zip(indices, tokens, strict=True):
             session, text, _ = running[index]
-            token = samplings[index].draw(row, text)
             text.append(token)
             running[index] = session, text, [token]
             yield index, token, stop(index)

@@ -1,4 +1,4 @@
-/* pt_forward: a whole decoder in one call. */
+/* A whole decoder in one call. */
 #include <string.h>
 
 #include <vector>
@@ -6,6 +6,7 @@
 #include "dispatch.h"
 #include "kernels.h"
 #include "linear.h"
+#include "sampling.h"
 #include "threads.h"
 
 namespace {
@@ -275,35 +276,63 @@ int32_t check(const pt_model &m) {
   return PT_OK;
 }
 
-}  // namespace
-
-int32_t pt_forward(const pt_model *model, const pt_sequence *sequences, int32_t count,
-                   const int32_t *ids, const int32_t *want, int32_t wanted, float *hidden,
-                   float *logits) {
-  if (int32_t wrong = check(*model)) return wrong;
-  int64_t tokens = 0;
+/* Whether a pass can be made over these tokens; how many there are. */
+int32_t check(const pt_model &m, const pt_sequence *sequences, int count, const int32_t *ids,
+              int64_t *tokens) {
+  if (int32_t wrong = check(m)) return wrong;
+  *tokens = 0;
   for (int i = 0; i < count; i++) {
     const pt_sequence &s = sequences[i];
     if (s.tokens < 0 || s.length < 0 || s.capacity % kPanel || s.length + s.tokens > s.capacity)
       return PT_BAD_SHAPE;
     if (s.type < PT_CACHE_F32 || s.type > PT_CACHE_I8) return PT_BAD_FORMAT;
-    tokens += s.tokens;
+    *tokens += s.tokens;
   }
-  for (int64_t t = 0; t < tokens; t++)
-    if (ids[t] < 0 || ids[t] >= model->vocabulary) return PT_BAD_SHAPE;
+  for (int64_t t = 0; t < *tokens; t++)
+    if (ids[t] < 0 || ids[t] >= m.vocabulary) return PT_BAD_SHAPE;
+  return PT_OK;
+}
+
+void forward(const pt_model &m, const pt_sequence *sequences, int count, const int32_t *ids,
+             const int32_t *want, int64_t wanted, float *hidden, float *logits) {
+  Pass pass(m, sequences, count);
+  pass.embed_all(ids);
+  for (int i = 0; i < m.blocks; i++) {
+    pass.attention(i);
+    pass.mlp(i);
+  }
+  if (!wanted) return;
+  pass.finish(want, wanted, hidden ? hidden : pass.h);
+  if (!hidden) head(m, pass.h, wanted, logits);
+}
+
+}  // namespace
+
+int32_t pt_forward(const pt_model *model, const pt_sequence *sequences, int32_t count,
+                   const int32_t *ids, const int32_t *want, int32_t wanted, float *hidden,
+                   float *logits) {
+  int64_t tokens;
+  if (int32_t wrong = check(*model, sequences, count, ids, &tokens)) return wrong;
   for (int i = 0; i < wanted; i++)
     if (want[i] < 0 || want[i] >= tokens) return PT_BAD_SHAPE;
   if (tokens == 0) return PT_OK;
+  return guarded([&] { forward(*model, sequences, count, ids, want, wanted, hidden, logits); });
+}
+
+int32_t pt_step(const pt_model *model, const pt_sequence *sequences, int32_t count,
+                const int32_t *ids, const pt_draw *draws, int32_t *tokens) {
+  int64_t all;
+  if (int32_t wrong = check(*model, sequences, count, ids, &all)) return wrong;
+  for (int i = 0; i < count; i++)
+    if (!sequences[i].tokens) return PT_BAD_SHAPE;
   return guarded([&] {
-    Pass pass(*model, sequences, count);
-    pass.embed_all(ids);
-    for (int i = 0; i < model->blocks; i++) {
-      pass.attention(i);
-      pass.mlp(i);
-    }
-    if (!wanted) return;
-    pass.finish(want, wanted, hidden ? hidden : pass.h);
-    if (!hidden) head(*model, pass.h, wanted, logits);
+    static Buffer *buffer = new Buffer;
+    float *logits = buffer->get<float>((int64_t)count * model->vocabulary);
+    std::vector<int32_t> last(count);
+    for (int i = 0, end = 0; i < count; i++) last[i] = (end += sequences[i].tokens) - 1;
+    forward(*model, sequences, count, ids, last.data(), count, nullptr, logits);
+    for (int64_t i = 0; i < count; i++)
+      tokens[i] = sample(logits + i * model->vocabulary, model->vocabulary, draws[i]);
   });
 }
 

@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 /* Raised with every change of a struct or a signature; Python refuses any other. */
-#define PT_ABI 3
+#define PT_ABI 4
 PT_API int32_t pt_abi(void);
 /* Hash of the sources this library was built from (build.py), or "". */
 PT_API const char *pt_sources(void);
@@ -171,23 +171,28 @@ PT_API int32_t pt_head(const pt_model *model, const float *hidden, int64_t rows,
 /* log sum exp of every row of logits [rows, vocabulary]. */
 PT_API int32_t pt_log_partition(const float *logits, int64_t rows, int32_t vocabulary, float *out);
 
-/* How a token is drawn; see pt_sample. */
+/* How the token at `position` of a text is drawn. In order: logits of tokens in `history` are divided
+ * (if negative, multiplied) by repetition_penalty; all are divided by the temperature; the top_k
+ * likeliest stay; of these the fewest likeliest whose probabilities reach top_p; of these the ones at
+ * least min_p times as likely as the likeliest. Among those the largest of logit + noise wins, noise
+ * being standard Gumbel by a hash of (seed, position, token): a draw from their softmax that depends
+ * on nothing else. Ties go to the lower token. */
 typedef struct {
   float temperature; /* 0: the likeliest token */
   float top_p, min_p, repetition_penalty;
   int32_t top_k; /* 0: all */
   uint64_t seed;
-} pt_sampling;
+  int64_t position;
+  const int32_t *history; /* [length]; read only where there is a penalty */
+  int64_t length;
+} pt_draw;
 
-/* Draws the token at `position` of a text whose earlier tokens are `history`. In order: logits of
- * tokens in `history` are divided (if negative, multiplied) by repetition_penalty; all are divided
- * by the temperature; the top_k likeliest stay; of these the fewest likeliest whose probabilities
- * reach top_p; of these the ones at least min_p times as likely as the likeliest. Among those the
- * largest of logit + noise wins, noise being standard Gumbel by a hash of (seed, position, token):
- * a draw from their softmax that depends on nothing else. Ties go to the lower token. Changes
- * `logits`. Returns the token, or -1 where a logit is NaN. */
-PT_API int32_t pt_sample(float *logits, int32_t vocabulary, const pt_sampling *sampling,
-                         const int32_t *history, int64_t length, int64_t position);
+/* Draws a token by `logits` [vocabulary], which a penalty changes. -1 where one is NaN. */
+PT_API int32_t pt_sample(float *logits, int32_t vocabulary, const pt_draw *draw);
+
+/* pt_forward, and pt_sample after the last token of each sequence: `tokens` [count]. */
+PT_API int32_t pt_step(const pt_model *model, const pt_sequence *sequences, int32_t count,
+                       const int32_t *ids, const pt_draw *draws, int32_t *tokens);
 
 /* Name of the instruction set in use; `pt_use` chooses one ("" for the best), 0 when it cannot. */
 PT_API const char *pt_isa(void);

@@ -1,11 +1,15 @@
-/* pt_sample: from logits to a token. */
+/* From logits to a token. */
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #include <algorithm>
 #include <vector>
 
+#include "linear.h"
 #include "posttrain.h"
+#include "sampling.h"
+#include "threads.h"
 
 namespace {
 
@@ -33,34 +37,60 @@ struct Candidate {
   }
 };
 
-void penalize(float *logits, int32_t vocabulary, float penalty, const int32_t *history,
-              int64_t length) {
+void penalize(float *logits, int32_t vocabulary, const pt_draw &draw) {
+  const float penalty = draw.repetition_penalty;
   std::vector<bool> seen(vocabulary);
-  for (int64_t i = 0; i < length; i++) {
-    int32_t token = history[i];
+  for (int64_t i = 0; i < draw.length; i++) {
+    int32_t token = draw.history[i];
     if (token < 0 || token >= vocabulary || seen[token]) continue;
     seen[token] = true;
     logits[token] = logits[token] > 0 ? logits[token] / penalty : logits[token] * penalty;
   }
 }
 
-/* The likeliest token, the lowest of equals; -1 if any logit is NaN. */
-int32_t likeliest(const float *logits, int32_t vocabulary) {
-  int32_t best = 0;
-  bool nan = false;
-  for (int32_t i = 0; i < vocabulary; i++) {
-    nan |= logits[i] != logits[i];
-    if (logits[i] > logits[best]) best = i;
+/* The largest of some logits; NaN if any is. */
+float largest(const float *logits, int64_t count) {
+  typedef float Floats __attribute__((vector_size(64)));
+  typedef int32_t Flags __attribute__((vector_size(64)));
+  const int64_t lanes = sizeof(Floats) / sizeof(float);
+  Floats most, x;
+  Flags nan = {};
+  for (int j = 0; j < lanes; j++) most[j] = -INFINITY;
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    memcpy(&x, logits + i, sizeof x);
+    most = x > most ? x : most;
+    nan |= x != x;
   }
-  return nan ? -1 : best;
+  float found = -INFINITY;
+  bool broken = false;
+  for (int j = 0; j < lanes; j++) found = std::max(found, most[j]), broken |= nan[j] != 0;
+  for (; i < count; i++) found = std::max(found, logits[i]), broken |= logits[i] != logits[i];
+  return broken ? NAN : found;
+}
+
+/* The likeliest token, the lowest of equals; -1 if any logit is NaN. Each thread looks at what it
+ * wrote, about: the other half is in another core's cache. */
+int32_t likeliest(const float *logits, int32_t vocabulary) {
+  const int64_t block = 2048, blocks = ceil_div(vocabulary, block);
+  std::vector<float> most(blocks);
+  parallel_for(blocks, [&](int64_t i, int) {
+    most[i] = largest(logits + i * block, std::min(block, vocabulary - i * block));
+  });
+  int64_t best = 0;
+  for (int64_t i = 0; i < blocks; i++) {
+    if (most[i] != most[i]) return -1;
+    if (most[i] > most[best]) best = i;
+  }
+  int64_t token = best * block;
+  while (logits[token] != most[best]) token++;
+  return (int32_t)token;
 }
 
 }  // namespace
 
-int32_t pt_sample(float *logits, int32_t vocabulary, const pt_sampling *sampling,
-                  const int32_t *history, int64_t length, int64_t position) {
-  const pt_sampling &s = *sampling;
-  if (s.repetition_penalty != 1) penalize(logits, vocabulary, s.repetition_penalty, history, length);
+int32_t sample(float *logits, int32_t vocabulary, const pt_draw &s) {
+  if (s.repetition_penalty != 1) penalize(logits, vocabulary, s);
   const int32_t best = likeliest(logits, vocabulary);
   if (best < 0 || s.temperature == 0) return best;
   /* In double, so that the reference in Python can do the same. */
@@ -92,7 +122,7 @@ int32_t pt_sample(float *logits, int32_t vocabulary, const pt_sampling *sampling
       kept.erase(kept.begin(), kept.end() - taken);
     }
   }
-  const uint64_t key = mixed(mixed(s.seed) ^ (uint64_t)position);
+  const uint64_t key = mixed(mixed(s.seed) ^ (uint64_t)s.position);
   double largest = -INFINITY;
   int32_t chosen = best;
   for (auto &c : kept) {
@@ -101,4 +131,10 @@ int32_t pt_sample(float *logits, int32_t vocabulary, const pt_sampling *sampling
     if (value > largest || (value == largest && c.token < chosen)) largest = value, chosen = c.token;
   }
   return chosen;
+}
+
+int32_t pt_sample(float *logits, int32_t vocabulary, const pt_draw *draw) {
+  int32_t token = -1;
+  guarded([&] { token = sample(logits, vocabulary, *draw); });
+  return token;
 }

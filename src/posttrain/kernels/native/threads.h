@@ -1,8 +1,8 @@
 /* A pool of threads that stay awake between the products of a step.
  *
  * A decode step is some hundred products of a few microseconds each; waking a sleeping thread costs
- * more than one of them. Workers therefore spin for about a tenth of a millisecond after each task
- * before they sleep.
+ * more than one of them. Workers therefore spin for about a millisecond after each task before they
+ * sleep.
  */
 #ifndef POSTTRAIN_THREADS_H
 #define POSTTRAIN_THREADS_H
