@@ -4,7 +4,8 @@
     python benchmarks/tables.py --check    fail where a table differs from its results
 
 A page asks for a table between two comments; `NAME` is a result, a dot leads into its figures to
-a list of objects, and the columns are `key` or `key:title` or `key:title:decimals`:
+a list of objects (of a folder, every file is one), and the columns are `key` or `key:title` or
+`key:title:decimals`:
 
     <!-- table NAME.path columns: model, delta_nll:delta nll:4 -->
     <!-- end -->
@@ -54,6 +55,11 @@ def render(text: str, results: Path) -> str:
 def table(where: str, columns: str, results: Path) -> str:
     """One table in Markdown. Raises TypeError or KeyError where the result has no such rows."""
     name, *path = where.split(".")
+    if (results / name).is_dir():  # every file in it is a row
+        rows = [
+            json.loads(file.read_text("utf-8")) for file in sorted((results / name).glob("*.json"))
+        ]
+        return _rendered(where, columns, rows, f"`results/{name}/`")
     file = results / f"{name}.json"
     if not file.is_file():
         return f"*Not measured yet: `results/{name}.json` is missing.*\n"
@@ -63,13 +69,17 @@ def table(where: str, columns: str, results: Path) -> str:
         rows = rows[step]
     if not isinstance(rows, list):
         raise TypeError(f"{where} is no list of rows")
+    source = f"`results/{name}.json`, commit {result['commit'][:10]}, {_machine(result)}"
+    return _rendered(where, columns, rows, source)
+
+
+def _rendered(where: str, columns: str, rows: list[dict[str, Any]], source: str) -> str:
     wanted = [_column(column) for column in columns.split(",")]
     for key, _, _ in wanted:
         if not any(key in row for row in rows):
             raise KeyError(f"no row of {where} has {key!r}")
     lines = [[title for _, title, _ in wanted], ["---"] * len(wanted)]
     lines += [[_cell(row.get(key), places) for key, _, places in wanted] for row in rows]
-    source = f"`results/{name}.json`, commit {result['commit'][:10]}, {_machine(result)}"
     body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return f"\n{body}\nFrom {source}.\n"
 

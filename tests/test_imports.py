@@ -23,6 +23,7 @@ ORDER = [
     "bench",
     "quantize",
     "recipe",
+    "papers",
     "cli",
 ]
 HEAVY = {

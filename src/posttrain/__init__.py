@@ -31,6 +31,8 @@ _VERBS = {
     "load": ("posttrain.lm.local", "load"),
     "chat": ("posttrain.lm.chat", "chat"),
     "run": ("posttrain.recipe", "run"),
+    "papers": ("posttrain.papers", "papers"),
+    "reproduce": ("posttrain.papers", "reproduce"),
 }
 __all__ = [
     "UserError",
@@ -40,7 +42,9 @@ __all__ = [
     "compare",
     "evaluate",
     "load",
+    "papers",
     "quantize",
+    "reproduce",
     "run",
 ]
 
@@ -49,6 +53,8 @@ if TYPE_CHECKING:
     from posttrain.evaluate import evaluate as evaluate
     from posttrain.lm.chat import chat as chat
     from posttrain.lm.local import load as load
+    from posttrain.papers import papers as papers
+    from posttrain.papers import reproduce as reproduce
     from posttrain.quantize import quantize as quantize
     from posttrain.recipe import run as run
     from posttrain.report.verb import compare as compare

@@ -98,6 +98,7 @@ def written(tmp_path_factory, llama):
         writers[source.name, weight, inputs] = write(source, out, rules(weight, inputs))
     writers["mixed"] = write(llama, folder / "mixed", MIXED)
     writers["rotated"] = write(llama, folder / "rotated", ROTATED)
+    writers["outliers"] = write(llama, folder / "outliers", OUTLIERS)
     writers["16 bits"] = write_kept_in_16_bits(llama, folder / "sixteen")
     theirs = [w.out_dir for w in writers.values() if w.format.name == "compressed-tensors"]
     ours = [w.out_dir for w in writers.values() if w.format.name == "posttrain"]
@@ -124,6 +125,11 @@ ROTATED = Plan.from_dict(
             {"match": "*.o_proj", "weight": "int6 | fp16/g64", "input": A8},
         ]
     }
+)
+
+
+OUTLIERS = Plan.from_dict(
+    {"layers": [{"match": "*", "weight": "int8 | fp32/row", "input": A8, "outliers": 1.5}]}
 )
 
 
@@ -183,6 +189,20 @@ def test_rotated_layers_load_after_import_posttrain(written, llama):
     assert len(groups) == 2 and not any("o_proj" in name for name in turned)
     assert sum(m.layer.rotate for m in load(writer.out_dir).modules() if isinstance(m, QuantLinear)
                ) == len(turned)  # fmt: skip
+
+
+def test_layers_that_spare_outliers_load_after_import_posttrain(written, llama):
+    writer = written[0]["outliers"]
+    assert "spare" in writer.format.reason
+    check_same(writer, written[1], llama, 0.1)
+    layers = [m.layer for m in load(writer.out_dir).modules() if isinstance(m, QuantLinear)]
+    assert layers and all(layer.outliers == 1.5 for layer in layers)
+    config = read_config(writer.out_dir)["quantization_config"]
+    config["groups"][0]["outliers"] = "loud"
+    with pytest.raises(
+        UserError, match=r"groups\[0\]\.outliers must be a number above 0; found 'loud'"
+    ):
+        native.read_config(config, "somewhere")
 
 
 def test_an_unknown_rotation_is_refused(written, tmp_path):

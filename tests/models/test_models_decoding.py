@@ -222,6 +222,48 @@ def test_all_at_once_is_step_by_step_and_side_by_side(mixed, cache):
     assert torch.equal(torch.cat(steps), together)
 
 
+SAMPLINGS = [
+    kernels.Sampling(),
+    kernels.Sampling(temperature=1.3, seed=5),
+    kernels.Sampling(repetition_penalty=1.8),
+    kernels.Sampling(temperature=0.8, top_k=7, top_p=0.9, repetition_penalty=0.7, seed=2**63),
+]
+
+
+@pytest.mark.parametrize("chunk", [512, 5])
+@pytest.mark.parametrize("cache", ["fp16", "int8"])
+def test_a_step_draws_what_the_logits_of_a_pass_would(
+    mixed, cache, chunk, monkeypatch, default_kernels
+):
+    monkeypatch.setattr("posttrain.kernels.decoder.CHUNK", chunk)
+    prompts = [tokens(n, seed=n) for n in (1, 12, 3, 30)]
+    for isa in kernels.isas():
+        kernels.use(isa)
+        apart = [(mixed.memory(4, cache), list(prompt), list(prompt)) for prompt in prompts]
+        beside = [(mixed.memory(4, cache), list(prompt), list(prompt)) for prompt in prompts]
+        for _ in range(9):
+            logits = mixed.forward([(memory, next) for memory, _, next in apart])
+            texts = [text for _, text, _ in beside]
+            feeds = [(memory, next) for memory, _, next in beside]
+            drawn = mixed.step(feeds, SAMPLINGS, texts)
+            for row, how, token, mine, theirs in zip(
+                logits, SAMPLINGS, drawn, beside, apart, strict=True
+            ):
+                assert how.draw(row, theirs[1]) == token
+                for _, text, next in (mine, theirs):
+                    text.append(token)
+                    next[:] = [token]
+        assert [m.length for m, _, _ in beside] == [len(prompt) + 8 for prompt in prompts]
+
+
+def test_a_step_of_a_broken_model_is_refused(mixed):
+    model = build("llama")
+    model.lm_head.weight[3, 2] = torch.nan
+    native = decoder(model)
+    with pytest.raises(UserError, match="not numbers"):
+        native.step([(native.memory(), [1])], [kernels.Sampling()], [[1]])
+
+
 def test_long_texts_come_in_chunks(mixed, monkeypatch):
     text = tokens(60)
     whole = mixed.forward([(mixed.memory(), text)], keep=None)
@@ -274,6 +316,7 @@ def test_a_memory_goes_back_and_forgets(mixed):
         (lambda d, m: [(m, [])], "no tokens"),
         (lambda d, m: [(m, [97])], "from 0 to 96; found 97"),
         (lambda d, m: [(m, [-1])], "found -1"),
+        (lambda d, m: [(m, [1, 2**40])], "found 1099511627776"),
         (lambda d, m: [(m, [1]), (m, [2])], "fed once"),
         (lambda d, m: [(decoder(build("llama")).memory(), [1])], "another decoder"),
     ],
@@ -281,6 +324,9 @@ def test_a_memory_goes_back_and_forgets(mixed):
 def test_what_cannot_be_fed_is_refused(mixed, feeds, message):
     with pytest.raises(UserError, match=message):
         mixed.forward(feeds(mixed, mixed.memory()))
+    given = feeds(mixed, mixed.memory())
+    with pytest.raises(UserError, match=message):
+        mixed.step(given, [kernels.Sampling()] * len(given), [ids for _, ids in given])
     with pytest.raises(UserError, match="cache='int3'"):
         mixed.memory(cache="int3")
 

@@ -1,6 +1,7 @@
 """QuantLinear: equal to the field's own arithmetic, exact integers, additive branches."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -238,6 +239,29 @@ def test_native_layers_compute_the_same_product_and_give_their_codes_back(weight
     assert layer(x.to(torch.bfloat16)).dtype == torch.bfloat16
     layer.resident = "packed"
     assert torch.equal(layer.state_dict()["weight_codes"], before["weight_codes"])
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_channels_that_reach_the_threshold_are_not_quantized(rotated):
+    generator = torch.Generator().manual_seed(3)
+    q = quantize(torch.randn(50, 256, generator=generator), "w8")
+    plan = LayerPlan(spec("w8"), spec("int8 | fp32/row"), rotate=rotated, outliers=6.0)
+    layer = QuantLinear.from_qtensor(q, plan)
+    x = torch.randn(2, 9, 256, generator=generator)
+    x[0, 3, [5, 77]] = torch.tensor([50.0, -60.0])  # two of the channels, in one token
+    seen, given = layer.quantized_input(x), layer.rotated_input(x)
+    loud = (given.abs() >= 6).reshape(-1, 256).any(0)
+    assert torch.equal(seen[..., loud], given[..., loud]) and (rotated or loud.sum() == 2)
+    quiet = quantize(given.masked_fill(loud, 0).reshape(-1, 256), "int8 | fp32/row").dequantize()
+    assert torch.equal(seen[..., ~loud], quiet.reshape(x.shape)[..., ~loud])
+    torch.testing.assert_close(layer.integer_forward(x), layer(x))
+    assert "outliers" in layer.no_kernel
+    layer.resident = "native"  # as "packed", where there is no kernel
+    assert layer.implementation == "dequantize"
+    calm = x.clamp(-1, 1)
+    plain = QuantLinear.from_qtensor(q, replace(plan, outliers=None))
+    if not rotated:
+        assert torch.equal(layer(calm), plain(calm))
 
 
 @pytest.mark.skipif(not kernels.available(), reason=kernels.find().reason)

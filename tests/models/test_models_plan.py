@@ -89,10 +89,13 @@ def test_idle_patterns_are_those_that_match_nothing():
 )
 @pytest.mark.parametrize("inputs", [None, "a8", "mxfp8"])
 @pytest.mark.parametrize("rotate", [False, True])
-def test_the_dictionary_form_round_trips(weight, inputs, rotate):
-    rule = {"match": "*", "weight": weight, "input": inputs, "rotate": rotate}
+@pytest.mark.parametrize("outliers", [None, 6.0])
+def test_the_dictionary_form_round_trips(weight, inputs, rotate, outliers):
+    outliers = inputs and outliers
+    rule = {"match": "*", "weight": weight, "input": inputs, "rotate": rotate, "outliers": outliers}
     made = plan(rule, ignore=("lm_head",))
-    assert made.resolve(["a"])["a"].rotate == rotate
+    layer = made.resolve(["a"])["a"]
+    assert layer.rotate == rotate and layer.outliers == outliers
     assert Plan.from_dict(made.to_dict()) == made
     assert Plan.from_dict(made.to_dict()).to_dict() == made.to_dict()
 
@@ -115,6 +118,9 @@ def test_the_dictionary_form_round_trips(weight, inputs, rotate):
         ({"layers": [{**ALL_W6, "input": "int8 | fp32/rwo"}]}, r"(?s)\.input: .*rwo.*'row'"),
         ({"layers": [{**ALL_W6, "input": "int8@sr | fp32/row"}]}, "rounds by chance"),
         ({"layers": [{**ALL_W6, "rotate": 64}]}, "rotate must be true or false; found 64"),
+        ({"layers": [{**ALL_W6, "outliers": 6}]}, "outliers needs an 'input' format"),
+        ({"layers": [{**ALL_W6, "input": "a8", "outliers": "6"}]}, "outliers must be .* found '6'"),
+        ({"layers": [{**ALL_W6, "input": "a8", "outliers": 0}]}, "outliers must be .* found 0"),
         ({"layers": [ALL_W6], "ignore": "lm_head"}, "ignore must be a list"),
         ({"layers": [ALL_W6], "ignore": [3]}, "ignore must hold name patterns; found 3"),
     ],

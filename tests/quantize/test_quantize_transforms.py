@@ -1,4 +1,4 @@
-"""Smoothing: the function stays, the rounding error falls, and nothing else is touched."""
+"""Transforms: the function stays, the rounding error falls, and nothing else is touched."""
 
 import pytest
 import torch
@@ -8,7 +8,14 @@ from torch import nn
 from posttrain.errors import UserError
 from posttrain.models.load import load
 from posttrain.quantize import quantize
-from posttrain.quantize.transforms import Smooth, Smoothing
+from posttrain.quantize.transforms import (
+    Channels,
+    CrossQuant,
+    Outliers,
+    Smooth,
+    Smoothing,
+    apply,
+)
 
 CALIBRATION = {"samples": 6, "window": 32, "calibration": None}
 # One weight a group: each is stored exactly, up to the rounding of one float32 product.
@@ -172,10 +179,67 @@ def test_a_model_without_tokenizer_is_told_what_to_do(tiny, tmp_path):
 
 def test_the_factors_balance_what_alpha_says():
     rms, absmax = torch.tensor([1.0, 4.0, 16.0]), torch.tensor([2.0, 1.0, 4.0])
-    even = Smooth(alpha=1.0).factors(rms, absmax)
+    even = Smooth(alpha=1.0).factors(Channels(rms, rms, absmax))
     torch.testing.assert_close(rms / even, torch.full((3,), 4.0))
-    flat = Smooth(alpha=0.0).factors(rms, absmax)
+    flat = Smooth(alpha=0.0).factors(Channels(rms, rms, absmax))
     torch.testing.assert_close(absmax * flat, torch.full((3,), 2.0))
-    half = Smooth(alpha=0.5).factors(rms, absmax)
+    half = Smooth(alpha=0.5).factors(Channels(rms, rms, absmax))
     torch.testing.assert_close((absmax * half) / (rms / half), torch.full((3,), 0.5))
-    assert Smooth().factors(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])).isfinite().all()
+    silent, other = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
+    assert Smooth().factors(Channels(silent, silent, other)).isfinite().all()
+
+
+def test_crossquant_looks_at_the_loudest_token_whatever_the_weights_are():
+    rms, absmax = torch.ones(3), torch.tensor([1.0, 4.0, 16.0])
+    for weight in (torch.ones(3), torch.tensor([9.0, 1.0, 2.0])):
+        seen = Channels(rms, absmax, weight)
+        torch.testing.assert_close(
+            absmax / CrossQuant(alpha=0.0).factors(seen), torch.full((3,), 4.0)
+        )
+        torch.testing.assert_close(CrossQuant(alpha=1.0).factors(seen), torch.ones(3))
+        half = CrossQuant(alpha=0.5).factors(seen)
+        torch.testing.assert_close(half, torch.tensor([0.5, 1.0, 2.0]))
+
+
+IN_MEMORY = {"Llama": {}, "untied": {"tie_word_embeddings": False}, "Qwen2": {}, "Gemma2": {"head_dim": 8},
+             "one key for all": {"num_key_value_heads": 1}, "no sharing": {"num_key_value_heads": 4}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "transform", [Smooth(), CrossQuant(), Outliers(factor=60.0)], ids=lambda t: t.name
+)
+@pytest.mark.parametrize("layout", IN_MEMORY)
+def test_a_model_in_memory_computes_the_same(layout, transform, tiny):
+    family = layout if layout in FAMILIES else "Llama"
+    model = load(loud(tiny(family, **IN_MEMORY[layout])), dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        changed = apply(model, transform, TOKENS)
+        assert (model(TOKENS).logits - expected).norm() < 1e-5 * expected.norm()
+    differ = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert differ == set(changed) and any("norm" in name for name in differ)
+
+
+def test_injected_outliers_are_as_loud_as_asked(tiny):
+    model, seen = load(tiny("Llama"), dtype=torch.float32), []
+    layer = model.model.layers[0].self_attn.q_proj
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    with torch.no_grad():
+        model(TOKENS)
+        apply(model, Outliers(factor=60.0, count=3), TOKENS)
+        model(TOKENS)
+    handle.remove()
+    louder = (seen[-1] / seen[0]).reshape(-1, layer.in_features).median(0).values
+    channels = Outliers(count=3).channels(layer.in_features)
+    assert len(set(channels.tolist())) == 3
+    torch.testing.assert_close(louder[channels], torch.full((3,), 60.0))
+    quiet = torch.ones_like(louder).index_fill(0, channels, 0) > 0
+    torch.testing.assert_close(louder[quiet], torch.ones(int(quiet.sum())))
+
+
+def test_crossquant_in_a_recipe(tiny, tmp_path):
+    model = loud(tiny("Llama"))
+    result = run(model, LOSSLESS + "transform: {name: crossquant, alpha: 0.3}\n", tmp_path)
+    assert sum(layer["smoothed"] for layer in result["layers"]) == 3 * 6
+    assert distance(tmp_path / "out", model) < 1e-5

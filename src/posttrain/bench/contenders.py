@@ -118,14 +118,15 @@ class Posttrain(Contender):
 
 
 class Transformers(Contender):
-    """transformers' own forward in float32 with its cache, weights expanded beforehand."""
+    """transformers' own forward in float32 with its cache, of the model as it was before it was
+    quantized."""
 
     def load(self, source: str, threads: int, cache: str) -> None:
         from posttrain.lm.engine import TorchEngine
         from posttrain.models.load import load
 
         self.model = load(source, dtype="float32", resident="dequantized")
-        self.engine = TorchEngine(self.model)
+        self.engine = TorchEngine(self.model, kernels=False)
         self.vocabulary = self.model.config.get_text_config().vocab_size
 
     def prefill(self, tokens: list[int]) -> None:

@@ -17,7 +17,7 @@ import psutil
 
 from posttrain import kernels
 from posttrain.bench.ctranslate2_peer import ctranslate2_of
-from posttrain.bench.gguf_peer import gguf_of, nearest_type
+from posttrain.bench.gguf_peer import gguf_of, nearest_type, origin_of
 from posttrain.bench.process import Worker
 from posttrain.errors import UserError, did_you_mean
 
@@ -86,7 +86,7 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="posttrain-bench-") as folder:
         sources = {"posttrain": str(model)}
         for name in against:
-            sources[name] = str(model)
+            sources[name] = origin_of(str(model))
             if name == "llama.cpp":
                 kind = nearest_type(str(model))
                 sources[name] = str(gguf_of(str(model), kind, Path(folder)))

@@ -17,7 +17,18 @@ from posttrain.cli.arguments import Parser, summary, with_help
 from posttrain.cli.output import only_json_on_stdout, write_json
 from posttrain.errors import UserError, did_you_mean
 
-VERBS = ("quantize", "evaluate", "compare", "chat", "bench", "run", "recipes", "doctor")
+VERBS = (
+    "quantize",
+    "evaluate",
+    "compare",
+    "chat",
+    "bench",
+    "run",
+    "recipes",
+    "papers",
+    "reproduce",
+    "doctor",
+)
 
 # Quiet libraries, and no reports about the user to anybody; what is set already wins.
 _ENVIRONMENT = {

@@ -96,13 +96,13 @@ class TorchSession:
 
 class TorchEngine:
     """The model's own forward, one session after the other; in `forward`, quantized layers are
-    multiplied on the kernels where there are any."""
+    multiplied on the kernels where there are any, unless `kernels` is False."""
 
     name = "torch"
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, kernels: bool = True) -> None:
         self.model = model
-        self._layers = [m for m in model.modules() if type(m) is QuantLinear]
+        self._layers = [m for m in model.modules() if kernels and type(m) is QuantLinear]
 
     def session(self, capacity: int = 256, cache: str = "fp16") -> TorchSession:
         return TorchSession(self.model.config)

@@ -86,6 +86,8 @@ def express(layer: LayerPlan, shape: tuple[int, ...]) -> Scheme:
         raise NotExpressible("it knows no additive branches")
     if layer.rotate:
         raise NotExpressible("its readers do not rotate inputs")
+    if layer.outliers is not None:
+        raise NotExpressible("its readers spare no channels of inputs")
     inputs = None if layer.input is None else _input_args(layer.input, shape[1])
     row = BLOCK_FORMATS.get(chain(layer.weight))
     if row is not None:

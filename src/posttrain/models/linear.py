@@ -32,6 +32,7 @@ from posttrain.models.plan import LayerPlan
 from posttrain.models.rotation import rotate
 from posttrain.numbers import QTensor, Spec, fake_quantize, quantize
 
+NO_SPARING = "outliers are found and set apart in PyTorch"
 RESIDENT = ("packed", "dequantized", "native")
 # Largest code magnitude times K that int32 accumulation of two 8-bit operands can hold.
 MAX_INT32_K = (2**31 - 1) // (255 * 255)
@@ -215,6 +216,8 @@ class QuantLinear(nn.Module):
         device = self._buffers[_CODES].device  # type: ignore[union-attr]
         if device.type != "cpu":
             return f"the native kernels run on processors; the weight is on {device}"
+        if self.layer.outliers is not None:
+            return NO_SPARING
         return kernels.unsupported(self.weight_spec, self.in_features)
 
     @property
@@ -232,8 +235,7 @@ class QuantLinear(nn.Module):
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """x as the product sees it: rotated, snapped to the input format and back, dtype kept."""
-        x, spec = self.rotated_input(x), self.layer.input
-        return x if spec is None or x.numel() == 0 else fake_quantize(x, spec)
+        return seen(x, self.layer)
 
     def forward(self, x: Tensor) -> Tensor:
         if self._native and not (torch.is_grad_enabled() and x.requires_grad):
@@ -250,8 +252,11 @@ class QuantLinear(nn.Module):
         """
         if self.layer.input is None:
             raise UserError("integer_forward needs an input format such as 'int8h | fp32/row'")
-        qx = quantize(self.rotated_input(x).reshape(-1, self.in_features), self.layer.input)
-        y = integer_product(qx, self.qweight())
+        rows = self.rotated_input(x).reshape(-1, self.in_features)
+        quiet, loud = split(rows, self.layer.outliers)
+        y = integer_product(quantize(quiet, self.layer.input), self.qweight())
+        if loud is not None:
+            y = y + F.linear(loud.to(torch.float32), self.qweight().dequantize())
         if self.bias is not None:
             y = y + self.bias.to(torch.float32)
         y = y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
@@ -302,10 +307,32 @@ class QuantLinear(nn.Module):
         )
 
 
+def seen(x: Tensor, layer: LayerPlan) -> Tensor:
+    """x [..., in] as the product of a layer sees it: rotated, snapped to the input format and back
+    but for the channels that are spared, dtype kept."""
+    x = rotate(x) if layer.rotate else x
+    if layer.input is None or x.numel() == 0:
+        return x
+    quiet, loud = split(x, layer.outliers)
+    snapped = fake_quantize(quiet, layer.input)
+    return snapped if loud is None else snapped + loud
+
+
+def split(x: Tensor, outliers: float | None) -> tuple[Tensor, Tensor | None]:
+    """x [..., in] as a sum: channels in which nothing reaches `outliers`, and the others (None where
+    there are none)."""
+    if outliers is None:
+        return x, None
+    spared = (x.abs() >= outliers).reshape(-1, x.shape[-1]).any(0)
+    return (x.masked_fill(spared, 0), x.masked_fill(~spared, 0)) if spared.any() else (x, None)
+
+
 def pack_linear(
     qweight: QTensor, layer: LayerPlan, bias: Tensor | None = None
 ) -> kernels.PackedLinear:
     """A linear layer as the native kernels take it. Raises UserError where they cannot."""
+    if layer.outliers is not None:
+        raise UserError(f"no kernel spares channels of inputs: {NO_SPARING}")
     weight = kernels.PackedWeight.from_qtensor(qweight, bias)
     return kernels.PackedLinear(weight, kernels.InputFormat.of(layer.input, layer.rotate))
 

@@ -9,7 +9,7 @@ Where the output head is quantized and tied with the input embedding, it is stor
 and `"tied": {"<embedding>": "<head>"}` names the module that takes its rows from it.
 
 A group whose inputs are rotated also has `"rotate": "hadamard.v1"` (see `rotation`), and its weights
-are stored rotated.
+are stored rotated. `"outliers": 6.0`: channels of the input that reach this magnitude are spared.
 
 A quantized weight W is stored as `W_codes` (packed along the last axis, dtype uint8), one `W_scale_<i>`
 per factor of its Spec, finest first, in the dtype of the factor's grid, and `W_zero_point` (packed like
@@ -23,6 +23,7 @@ A layout never changes its meaning; a new one gets a new version, and old reader
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ VERSION = 1
 LAYOUT = "bitstream.v1"
 CODES_SUFFIX = "_codes"
 CONFIG_KEYS = ("quant_method", "version", "layout", "groups", "tied")
-GROUP_KEYS = ("weight", "input", "modules", "rotate")
+GROUP_KEYS = ("weight", "input", "modules", "rotate", "outliers")
 ROTATION = "hadamard.v1"
 
 Shape = tuple[int, ...]
@@ -169,18 +170,22 @@ def quantization_config(
     layers: Mapping[str, LayerPlan], shapes: Mapping[str, Shape], model: nn.Module
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
-    groups: dict[tuple[str, str | None, bool], list[str]] = {}
+    groups: dict[LayerPlan, list[str]] = {}
     for name, layer in layers.items():
-        inputs = None if layer.input is None else str(layer.input)
-        groups.setdefault((str(layer.weight), inputs, layer.rotate), []).append(name)
+        groups.setdefault(replace(layer, branches=()), []).append(name)
     found = {
         "quant_method": METHOD,
         "version": VERSION,
         "layout": LAYOUT,
         "groups": [
-            {"weight": weight, "input": inputs, "modules": names}
-            | ({"rotate": ROTATION} if rotate else {})
-            for (weight, inputs, rotate), names in groups.items()
+            {
+                "weight": str(layer.weight),
+                "input": layer.input and str(layer.input),
+                "modules": names,
+            }
+            | ({"rotate": ROTATION} if layer.rotate else {})
+            | ({} if layer.outliers is None else {"outliers": layer.outliers})
+            for layer, names in groups.items()
         ],
     }
     tied = tied_head(model)
@@ -239,7 +244,10 @@ def _read_group(group: object, where: str) -> Iterator[tuple[str, LayerPlan]]:
     rotation = group.get("rotate")
     if rotation not in (None, ROTATION):
         raise UserError(f"{where}: unknown rotation {rotation!r}; known: {ROTATION}")
-    layer = LayerPlan(weight, spec, rotate=rotation is not None)
+    outliers = group.get("outliers")
+    if outliers is not None and not (isinstance(outliers, (int, float)) and outliers > 0):
+        raise UserError(f"{where}.outliers must be a number above 0; found {outliers!r}")
+    layer = LayerPlan(weight, spec, rotate=rotation is not None, outliers=outliers)
     for name in names:
         yield name, layer
 

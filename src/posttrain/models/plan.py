@@ -24,7 +24,7 @@ from posttrain.errors import UserError, did_you_mean
 from posttrain.models.walk import fusion_groups
 from posttrain.numbers import Spec, spec
 
-RULE_KEYS = ("match", "weight", "input", "rotate")
+RULE_KEYS = ("match", "weight", "input", "rotate", "outliers")
 PLAN_KEYS = ("layers", "ignore")
 LISTED = 8  # names spelled out in an error before "and N more"
 
@@ -35,13 +35,16 @@ class LayerPlan:
 
     `weight`: how its weight is stored. `input`: how its input is quantized on the fly, or None for
     inputs left alone. `branches`: additive side paths (see `linear.QuantLinear`). `rotate`: whether
-    the input is rotated first, and the weight stored rotated (see `rotation`).
+    the input is rotated first, and the weight stored rotated (see `rotation`). `outliers`: channels
+    of the input in which any token reaches this magnitude are left unquantized (LLM.int8(), Dettmers
+    et al. 2022, arXiv:2208.07339); None: no channel is.
     """
 
     weight: Spec | None
     input: Spec | None = None
     branches: tuple[Any, ...] = ()
     rotate: bool = False
+    outliers: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,11 @@ class Rule:
     weight: Spec
     input: Spec | None = None
     rotate: bool = False
+    outliers: float | None = None
 
     @property
     def layer(self) -> LayerPlan:
-        return LayerPlan(self.weight, self.input, rotate=self.rotate)
+        return LayerPlan(self.weight, self.input, rotate=self.rotate, outliers=self.outliers)
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ class Plan:
                 entry["input"] = str(rule.input)
             if rule.rotate:
                 entry["rotate"] = True
+            if rule.outliers is not None:
+                entry["outliers"] = rule.outliers
             layers.append(entry)
         return {"layers": layers, "ignore": list(self.ignore)}
 
@@ -162,7 +168,19 @@ def _rule(entry: object, where: str) -> Rule:
     rotate = entry.get("rotate", False)
     if not isinstance(rotate, bool):
         raise UserError(f"{where}.rotate must be true or false; found {rotate!r}")
-    return Rule(match, weight, inputs, rotate)
+    return Rule(match, weight, inputs, rotate, _outliers(entry.get("outliers"), inputs, where))
+
+
+def _outliers(value: Any, inputs: Spec | None, where: str) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        raise UserError(
+            f"{where}.outliers must be a magnitude above 0, such as 6.0; found {value!r}"
+        )
+    if inputs is None:
+        raise UserError(f"{where}.outliers needs an 'input' format that they are spared from")
+    return float(value)
 
 
 def _spec(text: object, where: str) -> Spec | None:
@@ -204,7 +222,8 @@ def _say(plan: LayerPlan | None) -> str:
     if plan is None:
         return "ignored"
     inputs = f" with input {plan.input}" if plan.input is not None else ""
-    return f"{plan.weight}{inputs}{', rotated' if plan.rotate else ''}"
+    spared = "" if plan.outliers is None else f", outliers from {plan.outliers:g}"
+    return f"{plan.weight}{inputs}{', rotated' if plan.rotate else ''}{spared}"
 
 
 def _check_experts(targets: Mapping[str, Any], layers: Mapping[str, LayerPlan]) -> None:

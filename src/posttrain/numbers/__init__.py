@@ -22,6 +22,7 @@ from posttrain.numbers.qtensor import (
 from posttrain.numbers.rounding import ROUNDINGS
 from posttrain.numbers.scales import Scales, fit_scales
 from posttrain.numbers.spec import SCALE_RULES, Factor, Spec, spec, stored_bits
+from posttrain.numbers.theory import crossover, predicted_qsnr
 
 __all__ = [
     "GRIDS",
@@ -38,6 +39,7 @@ __all__ = [
     "clip_fraction",
     "concatenated",
     "crest_factor",
+    "crossover",
     "decode_scaled",
     "dynamic_range",
     "encode_scaled",
@@ -46,6 +48,7 @@ __all__ = [
     "kernel_fraction",
     "pack",
     "packed_bytes",
+    "predicted_qsnr",
     "qsnr",
     "quantize",
     "spec",

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,13 @@ from tqdm import tqdm
 
 from posttrain import __version__
 from posttrain.models.checkpoint import write_json
-from posttrain.models.linear import QuantLinear
+from posttrain.models.linear import QuantLinear, seen
 from posttrain.models.memory import trim
 from posttrain.models.plan import LayerPlan
 from posttrain.models.rotation import rotate
 from posttrain.models.shards import read_header
 from posttrain.models.walk import Target, assign, fusion_groups
-from posttrain.numbers import QTensor, concatenated, fake_quantize, fit_scales, qsnr
+from posttrain.numbers import QTensor, concatenated, fit_scales, qsnr
 from posttrain.quantize.activations import ActivationStore
 from posttrain.quantize.calibration import InputMoments, MomentCollector
 from posttrain.quantize.job import HEAD_PART, Job, demand, prepare, say
@@ -72,7 +73,7 @@ def quantize(
         recipe: name of a shipped recipe, or path of a YAML file.
         out: directory to write; an interrupted identical run in it is continued.
         solver: overrides the recipe's solver ("rtn", "mse", "gptq").
-        transform: overrides the recipe's transform ("smooth", "none").
+        transform: overrides the recipe's transform ("smooth", "crossquant", "none").
         calibration: text file or corpus name that transform and solver look at.
         samples: calibration windows.
         window: tokens per calibration window.
@@ -198,20 +199,20 @@ def _quantize_block(
 def _transform(
     job: Job, index: int, planned: list[str], inputs: ActivationStore, log: Log
 ) -> list[str]:
-    """Smooth the block; names of the parameters changed.
+    """Transform the block; names of the parameters changed.
 
     A solver that sees no text leaves it at that: the block's own outputs, seen on the way, are the
     next block's inputs.
     """
-    smooth, solver = job.settings.transform, job.settings.solver
-    if smooth is None:
+    transform, solver = job.settings.transform, job.settings.solver
+    if transform is None:
         return []
     name, block = job.stream.blocks[index]
     modules = {f"{name}.{local}": module for local, module in block.named_modules()}
-    smoothing = Smoothing(smooth, job.stream.model, modules)
+    smoothing = Smoothing(transform, job.stream.model, modules)
     sample = inputs.get(0, 1)
     for start in range(0, len(job.windows), job.batch):
-        watched = start < smooth.samples
+        watched = start < transform.samples
         if solver.calibrated and not watched:
             break
         with smoothing.watching() if watched else nullcontext():
@@ -232,23 +233,13 @@ def _capture(
         for name in planned
         if job.target(name).kind == "linear"
     }
-    prepare = {name: _input_of(job.layers[name]) for name in linears}
+    prepare = {name: partial(seen, layer=job.layers[name]) for name in linears}
     weight = job.settings.calibration.first_token_weight
     collector = MomentCollector(linears, prepare, weight)
     for start in range(0, len(job.windows), job.batch):
         with collector.listening():
             job.stream.run(index, inputs.get(start, start + job.batch))
     return {name: collector.of(name) for name in linears}
-
-
-def _input_of(layer: LayerPlan) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What the layer's product will see of an input."""
-
-    def seen(x: torch.Tensor) -> torch.Tensor:
-        x = rotate(x) if layer.rotate else x
-        return x if layer.input is None else fake_quantize(x, layer.input)
-
-    return seen
 
 
 def _shared_factors(job: Job, planned: list[str]) -> dict[str, dict[int, torch.Tensor]]:
@@ -305,6 +296,7 @@ def _solve(
         "weight": str(layer.weight),
         "input": None if layer.input is None else str(layer.input),
         "rotated": layer.rotate,
+        "outliers": layer.outliers,
         "solver": solver.name,
         "qsnr": round(qsnr(weight, qweight.dequantize()), 4),
         "bits_per_weight": 8 * qweight.nbytes / weight.numel(),

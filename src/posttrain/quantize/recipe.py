@@ -11,7 +11,7 @@ import yaml
 from posttrain.errors import UserError, did_you_mean
 from posttrain.models.plan import Plan
 from posttrain.quantize.solvers import Solver, make_solver
-from posttrain.quantize.transforms import Smooth, make_transform
+from posttrain.quantize.transforms import Transform, make_transform
 
 SHIPPED = files("posttrain") / "recipes"
 NO_TRANSFORM = "none"
@@ -45,7 +45,7 @@ class QuantRecipe:
     name: str
     plan: Plan
     solver: Solver
-    transform: Smooth | None = None
+    transform: Transform | None = None
     description: str = ""
     calibration: Calibration = field(default_factory=Calibration)
 
@@ -135,7 +135,7 @@ def _plan(data: dict[str, Any], where: str) -> Plan:
         raise UserError(f"{where}: {error}") from None
 
 
-def _transform(value: Any, where: str) -> Smooth | None:
+def _transform(value: Any, where: str) -> Transform | None:
     return None if value in (None, NO_TRANSFORM) else _made(make_transform, value, where)
 
 

@@ -1,4 +1,4 @@
-"""Function-preserving changes of a block that make it easier to quantize.
+"""Function-preserving changes of a block that make it easier, or harder, to quantize.
 
 For a linear y = W x and any positive d, one factor per input channel,
 
@@ -6,13 +6,16 @@ For a linear y = W x and any positive d, one factor per input channel,
 
 and x / d costs nothing at run time where x is made by something that can be divided instead: the
 norm in front of q/k/v and of gate/up, and the rows of the up projection that a gated MLP multiplies
-into the input of its down projection. `Smooth` takes
+into the input of its down projection. Transforms differ in the d they take:
 
-    d = rms(x)^alpha / absmax(W)^(1 - alpha)      rms over calibration tokens, absmax over rows of W
-
-which moves the size of loud channels out of the input, where one scale serves all channels of a
-token. SmoothQuant (Xiao et al. 2022, arXiv:2211.10438) has absmax(x) in place of rms(x); a few
-massive tokens would dictate it.
+    smooth      d = rms(x)^alpha / absmax(W)^(1 - alpha)     rms over calibration tokens, absmax over
+                rows of W. It moves the size of loud channels out of the input, where one scale serves
+                all channels of a token. SmoothQuant (Xiao et al. 2022, arXiv:2211.10438) has
+                absmax(x) in place of rms(x); a few massive tokens would dictate it.
+    crossquant  d = absmax(x)^(1 - alpha), the column factor of CrossQuant (Liu et al. 2024,
+                arXiv:2410.07505) made static, so that an integer product can use it.
+    Outliers    d = 1/factor on a few channels: what large models have and small ones lack. For
+                experiments only; no recipe asks for it.
 
 A norm's weight is divided in the precision it is stored in, and d is what came out of that, so the
 stored model is exactly the one that was measured.
@@ -21,16 +24,41 @@ stored model is exactly the one that was measured.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
 from posttrain.errors import UserError, did_you_mean
+from posttrain.models.walk import decoder_blocks, quantizable
 
 # Leaf names (a, b) where b reads act(...) * a(...): dividing the rows of a divides the input of b.
 GATED_LEAVES = (("up_proj", "down_proj"), ("w3", "w2"))
 TOLERANCE = 1e-3  # relative change of a block's output that float32 arithmetic explains
+
+
+@dataclass(frozen=True)
+class Channels:
+    """What is known of each input channel [in] of linears that share their input: over calibration
+    tokens its root mean square and largest magnitude, over rows of the weights the latter."""
+
+    rms: torch.Tensor
+    absmax: torch.Tensor
+    weight_absmax: torch.Tensor
+
+
+class Transform(Protocol):
+    """How a factor per channel is chosen."""
+
+    name: ClassVar[str]
+
+    @property
+    def samples(self) -> int:
+        """Calibration windows it looks at, rounded up to whole batches (at most what the recipe
+        draws)."""
+
+    def factors(self, seen: Channels) -> torch.Tensor:
+        """d [in], positive."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +67,7 @@ class Smooth:
 
     Args:
         alpha: 0 evens out the columns of the weight, 1 the channels of the input.
-        samples: calibration windows it looks at, rounded up to whole batches (at most what the
-            recipe draws).
+        samples: see `Transform`.
     """
 
     name: ClassVar[str] = "smooth"
@@ -48,17 +75,67 @@ class Smooth:
     samples: int = 16
 
     def __post_init__(self) -> None:
-        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
-        if not number or not 0 <= self.alpha <= 1:
-            raise UserError(f"alpha must be between 0 and 1; found {self.alpha!r}")
-        count = isinstance(self.samples, int) and not isinstance(self.samples, bool)
-        if not count or self.samples < 1:
-            raise UserError(f"samples must be a positive whole number; found {self.samples!r}")
+        _check(self.alpha, self.samples)
 
-    def factors(self, rms: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+    def factors(self, seen: Channels) -> torch.Tensor:
         """d [in], with geometric mean 1."""
-        d = self.alpha * _log(rms) - (1 - self.alpha) * _log(absmax)
-        return (d - d.mean()).exp()
+        return _centred(self.alpha * _log(seen.rms) - (1 - self.alpha) * _log(seen.weight_absmax))
+
+
+@dataclass(frozen=True)
+class CrossQuant:
+    """CrossQuant's column factor in the weights; its row factor is the scale of a token.
+
+    Args:
+        alpha: share of the row factor: 1 changes nothing, 0 evens out the channels of the input.
+        samples: see `Transform`.
+    """
+
+    name: ClassVar[str] = "crossquant"
+    alpha: float = 0.15
+    samples: int = 16
+
+    def __post_init__(self) -> None:
+        _check(self.alpha, self.samples)
+
+    def factors(self, seen: Channels) -> torch.Tensor:
+        """d [in], with geometric mean 1."""
+        return _centred((1 - self.alpha) * _log(seen.absmax))
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """`count` channels, evenly spaced, become `factor` times as loud in the input.
+
+    Nothing else changes: what the block computes stays the same, and quantizing its inputs becomes
+    as hard as in models whose channels are that uneven by themselves.
+    """
+
+    name: ClassVar[str] = "outliers"
+    factor: float = 20.0
+    count: int = 2
+    samples: int = 1
+
+    def channels(self, width: int) -> torch.Tensor:
+        return (torch.arange(self.count) * 2 + 1) * width // (2 * self.count)
+
+    def factors(self, seen: Channels) -> torch.Tensor:
+        d = torch.ones_like(seen.rms)
+        d[self.channels(len(d))] = 1 / self.factor
+        return d
+
+
+def _check(alpha: Any, samples: Any) -> None:
+    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+    if not number or not 0 <= alpha <= 1:
+        raise UserError(f"alpha must be between 0 and 1; found {alpha!r}")
+    count = isinstance(samples, int) and not isinstance(samples, bool)
+    if not count or samples < 1:
+        raise UserError(f"samples must be a positive whole number; found {samples!r}")
+
+
+def _centred(logarithm: torch.Tensor) -> torch.Tensor:
+    return (logarithm - logarithm.mean()).exp()
 
 
 def _log(x: torch.Tensor) -> torch.Tensor:
@@ -66,10 +143,10 @@ def _log(x: torch.Tensor) -> torch.Tensor:
     return x.clamp_min(1e-5 * float(x.mean()) or 1.0).log()
 
 
-TRANSFORMS: dict[str, type[Smooth]] = {Smooth.name: Smooth}
+TRANSFORMS: dict[str, type[Any]] = {cls.name: cls for cls in (Smooth, CrossQuant)}
 
 
-def make_transform(name: str, **options: Any) -> Smooth:
+def make_transform(name: str, **options: Any) -> Transform:
     """The transform called `name` with its options checked; UserError with the nearest match."""
     if name not in TRANSFORMS:
         known_names = [*TRANSFORMS, "none"]
@@ -79,7 +156,8 @@ def make_transform(name: str, **options: Any) -> Smooth:
         if option not in known:
             hint = did_you_mean(option, known) or f"; it has no option {option!r}"
             raise UserError(f"unknown option {option!r}{hint}")
-    return TRANSFORMS[name](**options)
+    made: Transform = TRANSFORMS[name](**options)
+    return made
 
 
 @dataclass
@@ -87,12 +165,14 @@ class Fold:
     """What changes together: `producer` is divided by d, the columns of `consumers` multiplied.
 
     producer: full name of a norm, or of a linear whose rows are divided.
-    energy: sum of squares of each channel that the consumers read, over `tokens` tokens.
+    energy, absmax: sum of squares, and largest magnitude, of each channel that the consumers read,
+        over `tokens` tokens.
     """
 
     producer: str
     consumers: list[str]
     energy: torch.Tensor
+    absmax: torch.Tensor
     tokens: int = 0
 
     def parameters(self, model: nn.Module) -> list[str]:
@@ -104,12 +184,12 @@ class Fold:
 
 @dataclass
 class Smoothing:
-    """`Smooth` at work on one decoder block, whose modules are given by full name.
+    """A transform at work on one decoder block, whose modules are given by full name.
 
     A norm feeds a linear when the linear is called with the very tensor that the norm returned.
     """
 
-    smooth: Smooth
+    transform: Transform
     model: nn.Module
     modules: dict[str, nn.Module]
     folds: dict[str, Fold] = field(default_factory=dict)  # by producer
@@ -147,6 +227,7 @@ class Smoothing:
             if fold is not None and fold.consumers[0] == name:
                 rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
                 fold.energy += rows.square().sum(0)
+                fold.absmax = torch.maximum(fold.absmax, rows.abs().amax(0))
                 fold.tokens += rows.shape[0]
 
         return hook
@@ -156,7 +237,8 @@ class Smoothing:
         producer = producer or self._gate_partner(consumer)
         if producer is None:
             return None
-        fold = self.folds.setdefault(producer, Fold(producer, [], torch.zeros(x.shape[-1])))
+        silent = torch.zeros(x.shape[-1])
+        fold = self.folds.setdefault(producer, Fold(producer, [], silent, silent.clone()))
         fold.consumers.append(consumer)
         return fold
 
@@ -212,14 +294,15 @@ class Smoothing:
         kept = _same(output(), reference)
         if not kept:
             revert()
-            log(f"{fold.producer}: not smoothed, something besides linears reads its output")
+            log(f"{fold.producer}: not transformed, something besides linears reads its output")
         return kept
 
     def _apply(self, fold: Fold, stored: Callable[[str], torch.dtype]) -> Callable[[], None]:
         """Fold once; the returned function takes it back."""
         linears: list[Any] = [self.model.get_submodule(name) for name in fold.consumers]
         absmax = torch.stack([linear.weight.abs().amax(0) for linear in linears]).amax(0)
-        d = self.smooth.factors((fold.energy / fold.tokens).sqrt(), absmax)
+        rms = (fold.energy / fold.tokens).sqrt()
+        d = self.transform.factors(Channels(rms, fold.absmax, absmax))
         producer: Any = self.model.get_submodule(fold.producer)
         before = producer.weight.data, producer.bias.data if _has_bias(producer) else None
         if isinstance(producer, nn.Linear):
@@ -240,6 +323,28 @@ class Smoothing:
                 linear.weight.data.div_(d)
 
         return revert
+
+
+@torch.no_grad()
+def apply(model: Any, transform: Transform, tokens: torch.Tensor) -> list[str]:
+    """Transform all decoder blocks of a model in memory, as seen on `tokens` [windows, window].
+
+    Returns the full names of the parameters that changed. Raises UserError where the model's
+    logits would change with them.
+    """
+    planned = [name for block in decoder_blocks(model) for name in quantizable(*block)]
+    smoothing = Smoothing(transform, model, dict(model.named_modules()))
+    with smoothing.watching():
+        model(input_ids=tokens, use_cache=False)
+
+    def refuse(message: str) -> None:
+        raise UserError(f"transform {transform.name}: {message}")
+
+    def output() -> torch.Tensor:
+        logits: torch.Tensor = model(input_ids=tokens[:1], use_cache=False).logits
+        return logits
+
+    return smoothing.fold(planned, lambda name: torch.float32, output, refuse)
 
 
 def _has_bias(module: Any) -> bool:

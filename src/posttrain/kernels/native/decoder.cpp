@@ -326,6 +326,7 @@ int32_t pt_step(const pt_model *model, const pt_sequence *sequences, int32_t cou
   for (int i = 0; i < count; i++)
     if (!sequences[i].tokens) return PT_BAD_SHAPE;
   return guarded([&] {
+    expect_another_token(true);
     static Buffer *buffer = new Buffer;
     float *logits = buffer->get<float>((int64_t)count * model->vocabulary);
     std::vector<int32_t> last(count);

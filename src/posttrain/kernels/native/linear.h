@@ -47,6 +47,7 @@ void for_token_blocks(int64_t tokens, F f) {
 template <class F>
 int32_t guarded(F compute) {
   std::lock_guard<std::mutex> guard(engine_lock());
+  expect_another_token(false);
   try {
     compute();
   } catch (const std::bad_alloc &) {

@@ -20,10 +20,12 @@ static inline void pause_cpu() {
 #endif
 }
 
-/* How long a thread without work looks for more before it sleeps: longer than a sampler written in
- * Python takes between two tokens, for waking costs a tenth of a small model's token. */
-const std::chrono::microseconds kPatience(1000);
 const int kSpins = 64; /* between two looks at the clock */
+/* How long a thread without work looks for more before it sleeps. Waking costs a tenth of a small
+ * model's token, so between tokens it waits for longer than their caller may take; elsewhere other
+ * threads, PyTorch's say, may want the processor. */
+const std::chrono::microseconds kPatience(100), kPatienceBetweenTokens(1000);
+std::atomic<bool> another_token_comes{false};
 
 /* What is left of a run of items: its first in the lower half, its end in the upper. */
 class alignas(64) Left {
@@ -107,7 +109,8 @@ class Pool {
   }
 
   bool comes_soon(uint64_t seen) const {
-    const auto end = std::chrono::steady_clock::now() + kPatience;
+    const bool patient = another_token_comes.load(std::memory_order_relaxed);
+    const auto end = std::chrono::steady_clock::now() + (patient ? kPatienceBetweenTokens : kPatience);
     do {
       for (int i = 0; i < kSpins; i++) {
         if (round_.load(std::memory_order_acquire) != seen) return true;
@@ -176,6 +179,8 @@ void set_thread_count(int count) {
   if (pool && pool->belongs_here()) delete pool;
   pool = nullptr;
 }
+
+void expect_another_token(bool yes) { another_token_comes.store(yes, std::memory_order_relaxed); }
 
 void run_parallel(int64_t items, Task task, void *context) {
   current_pool().run(items, task, context);

@@ -1,8 +1,8 @@
 /* A pool of threads that stay awake between the products of a step.
  *
  * A decode step is some hundred products of a few microseconds each; waking a sleeping thread costs
- * more than one of them. Workers therefore spin for about a millisecond after each task before they
- * sleep.
+ * more than one of them. Workers therefore spin for a while after each task before they sleep: a
+ * tenth of a millisecond, or a whole one where another token is to come.
  */
 #ifndef POSTTRAIN_THREADS_H
 #define POSTTRAIN_THREADS_H
@@ -15,6 +15,7 @@
 std::mutex &engine_lock();
 
 int thread_count();
+void expect_another_token(bool yes);
 void set_thread_count(int count); /* at least 1; 0 is one per processor this process may use */
 
 /* Calls task(context, item, thread) for every item in [0, items), thread in [0, thread_count()). */
