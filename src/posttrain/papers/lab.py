@@ -218,6 +218,12 @@ class Lab:
 
     # --------------------------------------------------------------------------------- scoring
 
+    @torch.inference_mode()
+    def logits(self, model: Any, tokens: Tensor) -> Tensor:
+        """Float32 [tokens, vocabulary] after every token of one window [1, window]."""
+        runner = engine(model)
+        return runner.forward([(runner.session(tokens.shape[1], "fp32"), tokens[0].tolist())], None)
+
     def reference(self, model: Any, windows: Windows) -> Reference:
         """Score the unchanged model."""
         scorer = Scorer(model, "the reference", windows)
