@@ -14,3 +14,18 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no development data at {path}; set POSTTRAIN_DATA to its folder")
     return path
+
+
+@pytest.fixture(scope="session")
+def random_llama():
+    """Two random blocks that differ enough for every change to show; leave it as it was."""
+    import torch
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(config).eval()

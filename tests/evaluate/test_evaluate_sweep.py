@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import transformers
 
 from posttrain.evaluate.sweep import (
     Setting,
@@ -20,14 +19,9 @@ from posttrain.lm.engine import engine
 PROMPTS, SEEDS = [[5, 6, 7], [9], [11, 12]], range(3)
 
 
-@pytest.fixture(scope="module")
-def model():
-    config = transformers.LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config).eval()
+@pytest.fixture
+def model(random_llama):
+    return random_llama
 
 
 def test_every_cell_is_what_its_prompt_and_seed_alone_would_write(model):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 
 from posttrain.evaluate.windows import Windows
 from posttrain.models.branches import Columns
@@ -17,15 +16,9 @@ W8 = LayerPlan(spec("w8"))
 
 
 @pytest.fixture(scope="module")
-def model():
-    config = transformers.LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    made = transformers.LlamaForCausalLM(config).eval()
-    made.tokenizer = None
-    return made
+def model(random_llama):
+    random_llama.tokenizer = None
+    return random_llama
 
 
 @pytest.fixture

@@ -40,8 +40,8 @@ def arguments(parser: Parser) -> None:
     add(
         "--transform",
         metavar="NAME",
-        help="what makes the weights easier to quantize first: smooth or none (default: the "
-        "recipe's)",
+        help="what makes the weights easier to quantize first: smooth, crossquant or none "
+        "(default: the recipe's)",
     )
     add_progress_option(parser)
     group = parser.add_argument_group(

@@ -60,10 +60,18 @@ class Lab:
     partial: Path | None = None
     progress: bool = True
     _done: dict[str, Any] = field(default_factory=dict)
+    _before: float = 0.0  # seconds of runs that were interrupted, up to their last finished step
+    _began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         if self.partial is not None and self.partial.is_file():
-            self._done = json.loads(self.partial.read_text(encoding="utf-8"))
+            kept = json.loads(self.partial.read_text(encoding="utf-8"))
+            self._done, self._before = kept["steps"], kept["seconds"]
+
+    @property
+    def seconds(self) -> float:
+        """Time the experiment has taken, interrupted runs included."""
+        return self._before + time.monotonic() - self._began
 
     def pick(self, full: Any, quick: Any) -> Any:
         """The size of something in a full and in a quick run."""
@@ -80,7 +88,8 @@ class Lab:
             if self.partial is not None:
                 self.partial.parent.mkdir(parents=True, exist_ok=True)
                 fresh = self.partial.with_suffix(".new")
-                fresh.write_text(json.dumps(self._done), encoding="utf-8")
+                kept = {"seconds": self.seconds, "steps": self._done}
+                fresh.write_text(json.dumps(kept), encoding="utf-8")
                 fresh.replace(self.partial)
         return self._done[name]
 

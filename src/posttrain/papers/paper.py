@@ -5,7 +5,7 @@ is run. A condition is what the claim says; a control is what has to hold for th
 anything (a change that must be seen, or must not be).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,11 +22,13 @@ class Evidence:
     figure: the one number (with its interval) that a catalogue shows.
     measured: everything else, as JSON can hold it; lists of rows for tables.
     holds: whether each condition and each control was met.
+    seeds: of the random numbers it used.
     """
 
     figure: str
     measured: dict[str, Any]
     holds: Mapping[str, bool]
+    seeds: Sequence[int] = (0,)
 
 
 @dataclass(frozen=True)

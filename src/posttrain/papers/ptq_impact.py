@@ -110,6 +110,7 @@ def experiment(lab: Lab) -> Evidence:
             "equal": not _apart(rival),
             "int8": all(kl["int8"][str(t)] < kl["nf4"][str(t)] for t in temperatures),
         },
+        seeds=seeds,
     )
 
 

@@ -4,7 +4,6 @@ import hashlib
 import json
 import pkgutil
 import subprocess
-import time
 from datetime import datetime, timezone
 from functools import cache
 from importlib import import_module
@@ -89,8 +88,8 @@ def _reproduce(paper: Paper, quick: bool, out: str | Path | None, progress: bool
         source = Path(str(import_module(paper.experiment.__module__).__file__)).read_bytes()
         mark = fingerprint(__version__, quick, hashlib.sha256(source).hexdigest())
         partial = folder / f".{paper.key}-{mark}.partial"
-    began = time.monotonic()
-    found = paper.experiment(Lab(quick, partial, progress))
+    lab = Lab(quick, partial, progress)
+    found = paper.experiment(lab)
     verdict = paper.verdict(found.holds)
 
     def tested(texts: Any) -> list[dict[str, Any]]:
@@ -106,13 +105,13 @@ def _reproduce(paper: Paper, quick: bool, out: str | Path | None, progress: bool
         "conditions": tested(paper.conditions),
         "controls": tested(paper.controls),
         "quick": quick,
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": round(lab.seconds, 1),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "command": f"posttrain reproduce {paper.key}{' --quick' if quick else ''}",
         "posttrain": __version__,
         "commit": _commit(),
         "machine": machine(),
-        "seeds": [0],
+        "seeds": list(found.seeds),
     }
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
