@@ -115,8 +115,8 @@ PAPER = Paper(
     about="The scale of element (i, j) of the activations is absmax(token i)^alpha times absmax("
     "channel j)^(1 - alpha), alpha 0.15. An integer product cannot use a factor for each channel, so "
     "the deployable form folds a calibrated one into norms and weights (transform: crossquant).",
-    usage="posttrain quantize MODEL --recipe w8a8 --transform crossquant -o small",
-    full_size="posttrain quantize meta-llama/Llama-2-7b-hf --recipe w8a8 --transform crossquant -o out"
+    usage="posttrain quantize MODEL --recipe w8a8-portable --transform crossquant -o small",
+    full_size="posttrain quantize meta-llama/Llama-2-7b-hf --recipe w8a8-portable --transform crossquant -o out"
     " && posttrain compare meta-llama/Llama-2-7b-hf out --text wikitext2.txt --window 2048",
     conditions={
         "order": "over sides, bits and alpha, the loss follows the share of elements rounded to zero: "

@@ -1,6 +1,5 @@
 """The verbs `papers` and `reproduce`."""
 
-import hashlib
 import json
 import pkgutil
 import subprocess
@@ -85,8 +84,9 @@ def _reproduce(paper: Paper, quick: bool, out: str | Path | None, progress: bool
     folder = Path(out) if out is not None else None if quick else RESULTS
     partial = None
     if folder is not None:
-        source = Path(str(import_module(paper.experiment.__module__).__file__)).read_bytes()
-        mark = fingerprint(__version__, quick, hashlib.sha256(source).hexdigest())
+        sources = [paper.experiment.__module__, Lab.__module__]
+        files = [Path(str(import_module(name).__file__)).read_bytes() for name in sources]
+        mark = fingerprint(__version__, quick, files)
         partial = folder / f".{paper.key}-{mark}.partial"
     lab = Lab(quick, partial, progress)
     found = paper.experiment(lab)
