@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from posttrain.errors import UserError
 from posttrain.models import experts, native
+from posttrain.models.branches import LowRankPlan
 from posttrain.models.checkpoint import MARKER, CheckpointWriter, choose_format
 from posttrain.models.linear import QuantLinear
 from posttrain.models.load import load
@@ -392,5 +393,5 @@ def test_branches_and_experts_have_reasons_of_their_own():
     plan = LayerPlan(spec("int6 | fp16/g64"))
     assert choose_format({"a": plan}, {"a": (8, 64)}).name == "compressed-tensors"
     assert "3-D" in choose_format({"a": plan}, {"a": (2, 8, 64)}).reason
-    branched = LayerPlan(plan.weight, None, (torch.nn.Linear(64, 8),))
+    branched = LayerPlan(plan.weight, None, (LowRankPlan(8),))
     assert "branches" in choose_format({"a": branched}, {"a": (8, 64)}).reason

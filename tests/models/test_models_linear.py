@@ -9,7 +9,7 @@ from torch import nn
 
 from posttrain import kernels
 from posttrain.errors import UserError
-from posttrain.models import native
+from posttrain.models import storage
 from posttrain.models.linear import QuantLinear, integer_bound
 from posttrain.models.load import model_size
 from posttrain.models.plan import LayerPlan
@@ -51,7 +51,7 @@ def test_packing_a_weight_loses_nothing(weight, shape):
     assert torch.equal(layer.weight, q.dequantize())
     assert torch.equal(layer.qweight().codes, q.codes)
     found = {name: (tuple(t.shape), t.dtype) for name, t in layer.named_buffers()}
-    assert found == native.layout("weight", q.spec, shape)
+    assert found == storage.layout("weight", q.spec, shape)
 
 
 @pytest.mark.parametrize("weight", SPECS)
@@ -154,7 +154,7 @@ def test_branches_add_to_both_implementations():
     plan = LayerPlan(spec("w4g32"), spec("a8"))
     q = quantize(random(48, 100), plan.weight)
     plain = QuantLinear.from_qtensor(q, plan)
-    branched = QuantLinear.from_qtensor(q, LayerPlan(plan.weight, plan.input, (low_rank,)))
+    branched = QuantLinear.from_qtensor(q, plan, branches=[low_rank])
     x = random(6, 100, seed=5)
     assert torch.equal(branched(x), plain(x) + low_rank(x))
     assert torch.equal(branched.integer_forward(x), plain.integer_forward(x) + low_rank(x))

@@ -70,8 +70,11 @@ def test_llm_int8_recovers_what_outliers_cost():
     plain = QuantLinear.from_qtensor(qweight, LayerPlan(row, row))(x)
     spared = QuantLinear.from_qtensor(qweight, LayerPlan(row, row, outliers=6.0))(x)
     loud_ones = (x.abs() >= 6).any(0).nonzero()[:, 0]
-    beside = LayerPlan(row, row, (Columns(loud_ones, w[:, loud_ones].half()),), outliers=6.0)
-    in_16_bits = QuantLinear.from_qtensor(quantize(w.index_fill(1, loud_ones, 0), row), beside)(x)
+    beside, codes = (
+        Columns(loud_ones, w[:, loud_ones].half()),
+        quantize(w.index_fill(1, loud_ones, 0), row),
+    )
+    in_16_bits = QuantLinear.from_qtensor(codes, LayerPlan(row, row), branches=[beside])(x)
     assert qsnr(exact, plain) == pytest.approx(23.7, abs=0.2)
     assert qsnr(exact, spared) == pytest.approx(41.3, abs=0.2)
     assert qsnr(exact, in_16_bits) == pytest.approx(49.0, abs=0.3)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from posttrain.errors import UserError
-from posttrain.models import compressed_tensors, native
+from posttrain.models import compressed_tensors, native, storage
 from posttrain.models.base import Source
 from posttrain.models.directory import MARKER
 from posttrain.models.plan import LayerPlan, shorten
@@ -97,7 +97,11 @@ class CheckpointWriter:
             raise UserError(f"{out_dir}: writing the result over its own source would destroy it")
 
     def module_tensors(
-        self, name: str, qtensor: QTensor, bias: torch.Tensor | None = None
+        self,
+        name: str,
+        qtensor: QTensor,
+        bias: torch.Tensor | None = None,
+        branches: Sequence[torch.nn.Module] = (),
     ) -> dict[str, torch.Tensor]:
         """The tensors to store for one quantized layer: full name -> tensor.
 
@@ -109,6 +113,8 @@ class CheckpointWriter:
         if bias is not None:
             experts = len(qtensor.shape) == 3
             tensors |= self.kept_tensors({f"{name}_bias" if experts else f"{name}.bias": bias})
+        for i, branch in enumerate(branches):
+            tensors |= branch.state_dict(prefix=f"{name}.branches.{i}.")
         return tensors
 
     def kept_tensors(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -208,7 +214,7 @@ class CheckpointWriter:
 
     def _check_complete(self, weight_map: Mapping[str, str]) -> None:
         owners = {name.rpartition(".")[0] for name in weight_map}
-        experts = {name.rpartition(native.CODES_SUFFIX)[0] for name in weight_map}
+        experts = {name.rpartition(storage.CODES_SUFFIX)[0] for name in weight_map}
         lost = [name for name in self.layers if name not in owners | experts]
         if lost:
             raise UserError(f"{self.out_dir}: no shard holds {shorten(lost)}")

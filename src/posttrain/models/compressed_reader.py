@@ -126,7 +126,7 @@ def read_module(
 ) -> tuple[LayerPlan, dict[str, Tensor]]:
     """One layer from its tensors (suffix -> tensor); those used are removed from `tensors`.
 
-    Returns its number formats, and its weight as the tensors `native.layout` names. Codes are
+    Returns its number formats, and its weight as the tensors `storage.layout` names. Codes are
     never unpacked on the way.
     dtype: the compute dtype. As in the format's own reader, float scales take it; scales stored
     narrower than float32 stay so in memory in a float32 model, which changes no value.

@@ -21,7 +21,7 @@ from posttrain import kernels
 from posttrain.errors import UserError
 from posttrain.kernels import Decoder, InputFormat, PackedLinear
 from posttrain.kernels.packed import PackedWeight
-from posttrain.models import compressed_reader, compressed_tensors, native
+from posttrain.models import compressed_reader, compressed_tensors, native, storage
 from posttrain.models.base import DTYPES
 from posttrain.models.decoding import ACTIVATIONS, LINEARS, assemble, head_size, norms
 from posttrain.models.directory import MARKER, read_config_file, read_stored, read_tokenizer
@@ -285,6 +285,8 @@ class _Stored:
         if how.get("quant_method") == native.METHOD:
             self._layers = native.read_config(how, where)
             self._tied = native.read_tied(how, self._layers, where)
+            if any(layer.branches for layer in self._layers.values()):
+                raise Unfamiliar("branches beside quantized layers")
             if self._tied not in ({}, {EMBEDDING: HEAD}):
                 raise Unfamiliar(f"ties: {self._tied}")
         elif how.get("quant_method") == compressed_tensors.METHOD:
@@ -358,6 +360,6 @@ def _packed(
 ) -> PackedLinear:
     """A quantized layer; what it is made of is taken out of `tensors`."""
     assert layer.weight is not None
-    native.check_tensors(name, "weight", tensors, layer.weight, shape)
-    parts = {leaf: tensors.pop(leaf) for leaf in native.layout("weight", layer.weight, shape)}
-    return pack_linear(native.unpack_qtensor("weight", parts, layer.weight, shape), layer, bias)
+    storage.check_tensors(name, "weight", tensors, layer.weight, shape)
+    parts = {leaf: tensors.pop(leaf) for leaf in storage.layout("weight", layer.weight, shape)}
+    return pack_linear(storage.unpack_qtensor("weight", parts, layer.weight, shape), layer, bias)

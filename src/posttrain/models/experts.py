@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import UserError
-from posttrain.models import native
+from posttrain.models import storage
 from posttrain.models.plan import LayerPlan
 from posttrain.numbers import QTensor, Spec
 
@@ -56,7 +56,7 @@ def quantize_parameter(
     assert parameter is not None
     shape = stored_shape(tuple(parameter.shape), transposed)
     record = ExpertsRecord(layer.weight, shape, transposed, parameter.dtype)
-    for buffer, (size, dtype) in native.layout(name, layer.weight, shape).items():
+    for buffer, (size, dtype) in storage.layout(name, layer.weight, shape).items():
         module.register_buffer(buffer, torch.empty(size, dtype=dtype, device=device))
     del module._parameters[name]
     module.__dict__.setdefault(_RECORDS, {})[name] = record
@@ -79,13 +79,13 @@ def records(module: nn.Module) -> dict[str, ExpertsRecord]:
 def qparameter(module: nn.Module, name: str) -> QTensor:
     """A quantized parameter as codes and scales, reduction axis last."""
     record = records(module)[name]
-    return native.unpack_qtensor(name, module._buffers, record.spec, record.shape)
+    return storage.unpack_qtensor(name, module._buffers, record.spec, record.shape)
 
 
 def fill(module: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Put the tensors of `native.pack_qtensor(name, ...)` into the module's buffers."""
+    """Put the tensors of `storage.pack_qtensor(name, ...)` into the module's buffers."""
     for buffer, tensor in tensors.items():
-        native.put(module, buffer, tensor)
+        storage.put(module, buffer, tensor)
     records(module)[name].dense = None
 
 
@@ -106,7 +106,7 @@ def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
     kept = dict(self._buffers)
     nn.Module._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
     for name, record in records(self).items():
-        for buffer in native.layout(name, record.spec, record.shape):
+        for buffer in storage.layout(name, record.spec, record.shape):
             if self._buffers[buffer].dtype != kept[buffer].dtype:
                 self._buffers[buffer] = kept[buffer].to(self._buffers[buffer].device)
         record.dtype = fn(torch.empty(0, dtype=record.dtype)).dtype

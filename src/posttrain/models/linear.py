@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from posttrain import kernels
 from posttrain.errors import UserError
-from posttrain.models import native
+from posttrain.models import storage
+from posttrain.models.branches import Columns
 from posttrain.models.plan import LayerPlan
 from posttrain.models.rotation import rotate
 from posttrain.numbers import QTensor, Spec, fake_quantize, quantize
@@ -36,14 +37,15 @@ NO_SPARING = "outliers are found and set apart in PyTorch"
 RESIDENT = ("packed", "dequantized", "native")
 # Largest code magnitude times K that int32 accumulation of two 8-bit operands can hold.
 MAX_INT32_K = (2**31 - 1) // (255 * 255)
-_CODES, _SCALES = "weight" + native.CODES_SUFFIX, "weight_scale_0"
+PARTS, PART_WEIGHTS = 4, 1 << 18  # rows of a weight expanded at a time: at most a quarter, 1 MiB
+_CODES, _SCALES = "weight" + storage.CODES_SUFFIX, "weight_scale_0"
 
 
 class QuantLinear(nn.Module):
     """Drop-in for nn.Linear whose weight is stored as packed codes and scales.
 
     Buffers: `weight_codes` (uint8, packed), `weight_scale_0`, ... and `weight_zero_point`, named by
-    `native.layout`; parameter `bias` (or None); `branches`, modules called with x whose results are
+    `storage.layout`; parameter `bias` (or None); `branches`, modules called with x whose results are
     added. `resident` is "packed" (dequantize in every forward: least memory), "dequantized" (keep
     the dequantized weight too: the same results bit for bit) or "native" (the native kernels
     compute: fastest; as "packed" where there is no kernel). Once a kernel has been asked for, the
@@ -67,14 +69,16 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = out_features, in_features
         self.layer = layer
         self.dtype = dtype
-        for name, (shape, stored) in native.layout("weight", layer.weight, self.shape).items():
+        for name, (shape, stored) in storage.layout("weight", layer.weight, self.shape).items():
             self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
         if bias:
             values = torch.empty(out_features, dtype=dtype, device=device)
             self.bias = nn.Parameter(values, requires_grad=False)
         else:
             self.register_parameter("bias", None)
-        self.branches = nn.ModuleList(layer.branches)
+        self.branches = nn.ModuleList(
+            branch.build(out_features, in_features) for branch in layer.branches
+        )
         self._resident = "packed"
         self._dense: Tensor | None = None
         self._kernel: kernels.PackedLinear | None = None
@@ -99,11 +103,18 @@ class QuantLinear(nn.Module):
         layer: LayerPlan,
         bias: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
+        branches: Iterable[nn.Module] | None = None,
     ) -> QuantLinear:
-        """A layer that computes in `dtype` with this weight [out, in]."""
+        """A layer that computes in `dtype` with this weight [out, in].
+
+        branches: those of the plan with values in them; also others, which no checkpoint holds.
+        """
         out_features, in_features = qweight.shape
-        packed = native.pack_qtensor("weight", qweight)
-        return cls.from_packed(out_features, in_features, layer, packed, bias, dtype)
+        packed = storage.pack_qtensor("weight", qweight)
+        made = cls.from_packed(out_features, in_features, layer, packed, bias, dtype)
+        if branches is not None:
+            made.branches = nn.ModuleList(branches)
+        return made
 
     @classmethod
     def from_packed(
@@ -115,11 +126,11 @@ class QuantLinear(nn.Module):
         bias: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> QuantLinear:
-        """A layer from the tensors that `native.layout` names."""
+        """A layer from the tensors that `storage.layout` names."""
         made = cls(out_features, in_features, layer, bias is not None, dtype)
-        native.check_tensors("QuantLinear", "weight", weight, made.weight_spec, made.shape)
+        storage.check_tensors("QuantLinear", "weight", weight, made.weight_spec, made.shape)
         for name, tensor in weight.items():
-            native.put(made, name, tensor)
+            storage.put(made, name, tensor)
         if bias is not None:
             made.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
         return made
@@ -135,7 +146,7 @@ class QuantLinear(nn.Module):
 
     def qweight(self) -> QTensor:
         """The weight as codes and scales, unpacked."""
-        return native.unpack_qtensor("weight", self.stored_buffers(), self.weight_spec, self.shape)
+        return storage.unpack_qtensor("weight", self.stored_buffers(), self.weight_spec, self.shape)
 
     def stored_buffers(self) -> dict[str, Tensor | None]:
         """The buffers, with those that a kernel holds back in their stored layout."""
@@ -151,7 +162,14 @@ class QuantLinear(nn.Module):
             for name, tensor in self._buffers.items()
         } | self._from_kernel(index)
         shape = (len(index), self.in_features)
-        return native.unpack_qtensor("weight", stored, spec, shape).dequantize(self.dtype)
+        return storage.unpack_qtensor("weight", stored, spec, shape).dequantize(self.dtype)
+
+    @property
+    def part_rows(self) -> int:
+        """How many rows to expand at a time where the whole weight shall not be."""
+        if not self.weight_spec.by_rows:
+            return self.out_features
+        return max(1, min(self.out_features // PARTS, PART_WEIGHTS // self.in_features))
 
     def _from_kernel(self, index: Tensor | None = None) -> dict[str, Tensor | None]:
         """What only a kernel holds, as it is stored: all rows, or rows `index`."""
@@ -161,7 +179,7 @@ class QuantLinear(nn.Module):
         codes = weight.codes() if index is None else weight.code_rows(index)
         if self.weight_spec.grid.code_dtype == torch.int8:
             codes = (codes - weight.struct.zero).view(torch.int8)
-        found: dict[str, Tensor | None] = {_CODES: native.pack_codes(codes, self.weight_spec)}
+        found: dict[str, Tensor | None] = {_CODES: storage.pack_codes(codes, self.weight_spec)}
         scales = weight.scales(index)
         return found if scales is None else found | {_SCALES: scales}
 
@@ -238,11 +256,24 @@ class QuantLinear(nn.Module):
         return seen(x, self.layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._native and not (torch.is_grad_enabled() and x.requires_grad):
+        if torch.is_grad_enabled() and x.requires_grad:
+            return self._add_branches(FrozenProduct.apply(x, self), x)  # type: ignore[no-untyped-call]
+        return self._add_branches(self.product(x), x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T + bias, without the branches and without gradients."""
+        x = self._own_input(x)
+        if self._native:
             assert self._kernel is not None
-            return self._add_branches(self._kernel(x), x)
-        y = F.linear(self.quantized_input(x), self.weight, self.bias)
-        return self._add_branches(y, x)
+            return self._kernel(x)
+        return F.linear(self.quantized_input(x), self.weight, self.bias)
+
+    def _own_input(self, x: Tensor) -> Tensor:
+        """x without the channels that are columns of their own: they shall not widen its scales."""
+        for branch in self.branches:
+            if isinstance(branch, Columns) and self.layer.input is not None:
+                x = x.index_fill(-1, branch.index, 0.0)
+        return x
 
     def integer_forward(self, x: Tensor) -> Tensor:
         """The product in integers: exact int32 sums inside each scale block, float32 across them.
@@ -252,7 +283,7 @@ class QuantLinear(nn.Module):
         """
         if self.layer.input is None:
             raise UserError("integer_forward needs an input format such as 'int8h | fp32/row'")
-        rows = self.rotated_input(x).reshape(-1, self.in_features)
+        rows = self.rotated_input(self._own_input(x)).reshape(-1, self.in_features)
         quiet, loud = split(rows, self.layer.outliers)
         y = integer_product(quantize(quiet, self.layer.input), self.qweight())
         if loud is not None:
@@ -305,6 +336,31 @@ class QuantLinear(nn.Module):
             f"weight={str(self.weight_spec)!r}, input={str(self.layer.input or '')!r}, "
             f"rotate={self.layer.rotate}, bias={self.bias is not None}, {self._resident}"
         )
+
+
+class FrozenProduct(torch.autograd.Function):
+    """`QuantLinear.product` with a gradient for x alone, straight through the rounding of x.
+
+    Nothing is kept for the backward pass: dX = dY W^ expands a share of the rows of W^ at a time, so
+    that no copy of the weight in full precision ever exists (EMEF: Chai et al. 2023, INT2.1,
+    arXiv:2306.08162).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:
+        ctx.layer = layer
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        layer, (grad,) = ctx.layer, grads
+        rows = grad.reshape(-1, layer.out_features)
+        found = torch.zeros(len(rows), layer.in_features, device=grad.device)
+        indices = torch.arange(layer.out_features, device=grad.device)
+        for part in torch.split(indices, layer.part_rows):
+            found.addmm_(rows[:, part].float(), layer.rows(part).float())
+        found = rotate(found) if layer.layer.rotate else found
+        return found.to(grad.dtype).reshape(*grad.shape[:-1], layer.in_features), None
 
 
 def seen(x: Tensor, layer: LayerPlan) -> Tensor:

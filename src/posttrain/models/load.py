@@ -20,6 +20,7 @@ from posttrain import kernels
 from posttrain.errors import UserError, did_you_mean
 from posttrain.models import compressed_reader, compressed_tensors, experts, native
 from posttrain.models.base import DTYPES, Source
+from posttrain.models.branches import Columns, LowRank
 from posttrain.models.checkpoint import check_finished
 from posttrain.models.linear import (
     QuantLinear,
@@ -220,6 +221,8 @@ def _stored(model: nn.Module, name: str) -> bool:
     module = model.get_submodule(owner)
     if isinstance(module, QuantLinear):
         return leaf != "bias"
+    if isinstance(module, (LowRank, Columns)):
+        return True
     return leaf in module._buffers and any(
         leaf.startswith(parameter) for parameter in experts.records(module)
     )

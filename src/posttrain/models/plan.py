@@ -21,10 +21,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from posttrain.errors import UserError, did_you_mean
+from posttrain.models.branches import BranchPlan, branch_dict, make_branch
 from posttrain.models.walk import fusion_groups
 from posttrain.numbers import Spec, spec
 
-RULE_KEYS = ("match", "weight", "input", "rotate", "outliers")
+RULE_KEYS = ("match", "weight", "input", "rotate", "outliers", "branches")
 PLAN_KEYS = ("layers", "ignore")
 LISTED = 8  # names spelled out in an error before "and N more"
 
@@ -34,7 +35,7 @@ class LayerPlan:
     """What one layer stores and computes with.
 
     `weight`: how its weight is stored. `input`: how its input is quantized on the fly, or None for
-    inputs left alone. `branches`: additive side paths (see `linear.QuantLinear`). `rotate`: whether
+    inputs left alone. `branches`: additive side paths (see `branches`). `rotate`: whether
     the input is rotated first, and the weight stored rotated (see `rotation`). `outliers`: channels
     of the input in which any token reaches this magnitude are left unquantized (LLM.int8(), Dettmers
     et al. 2022, arXiv:2208.07339); None: no channel is.
@@ -42,7 +43,7 @@ class LayerPlan:
 
     weight: Spec | None
     input: Spec | None = None
-    branches: tuple[Any, ...] = ()
+    branches: tuple[BranchPlan, ...] = ()
     rotate: bool = False
     outliers: float | None = None
 
@@ -56,10 +57,11 @@ class Rule:
     input: Spec | None = None
     rotate: bool = False
     outliers: float | None = None
+    branches: tuple[BranchPlan, ...] = ()
 
     @property
     def layer(self) -> LayerPlan:
-        return LayerPlan(self.weight, self.input, rotate=self.rotate, outliers=self.outliers)
+        return LayerPlan(self.weight, self.input, self.branches, self.rotate, self.outliers)
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class Plan:
                 entry["rotate"] = True
             if rule.outliers is not None:
                 entry["outliers"] = rule.outliers
+            if rule.branches:
+                entry["branches"] = list(map(branch_dict, rule.branches))
             layers.append(entry)
         return {"layers": layers, "ignore": list(self.ignore)}
 
@@ -168,7 +172,11 @@ def _rule(entry: object, where: str) -> Rule:
     rotate = entry.get("rotate", False)
     if not isinstance(rotate, bool):
         raise UserError(f"{where}.rotate must be true or false; found {rotate!r}")
-    return Rule(match, weight, inputs, rotate, _outliers(entry.get("outliers"), inputs, where))
+    outliers = _outliers(entry.get("outliers"), inputs, where)
+    branches = _branches(entry.get("branches"), where)
+    if rotate and any(branch.first for branch in branches):
+        raise UserError(f"{where}: columns of the input and 'rotate' exclude each other")
+    return Rule(match, weight, inputs, rotate, outliers, branches)
 
 
 def _outliers(value: Any, inputs: Spec | None, where: str) -> float | None:
@@ -181,6 +189,16 @@ def _outliers(value: Any, inputs: Spec | None, where: str) -> float | None:
     if inputs is None:
         raise UserError(f"{where}.outliers needs an 'input' format that they are spared from")
     return float(value)
+
+
+def _branches(value: Any, where: str) -> tuple[BranchPlan, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise UserError(
+            f"{where}.branches must be a list such as [{{name: lowrank, rank: 8}}]; found {value!r}"
+        )
+    return tuple(make_branch(entry, f"{where}.branches[{i}]") for i, entry in enumerate(value))
 
 
 def _spec(text: object, where: str) -> Spec | None:
@@ -223,17 +241,20 @@ def _say(plan: LayerPlan | None) -> str:
         return "ignored"
     inputs = f" with input {plan.input}" if plan.input is not None else ""
     spared = "" if plan.outliers is None else f", outliers from {plan.outliers:g}"
-    return f"{plan.weight}{inputs}{', rotated' if plan.rotate else ''}{spared}"
+    beside = "".join(f", with {branch_dict(branch)}" for branch in plan.branches)
+    return f"{plan.weight}{inputs}{', rotated' if plan.rotate else ''}{spared}{beside}"
 
 
 def _check_experts(targets: Mapping[str, Any], layers: Mapping[str, LayerPlan]) -> None:
     bad = [
         name
         for name, layer in layers.items()
-        if getattr(targets[name], "kind", "linear") == "experts" and (layer.input or layer.rotate)
+        if getattr(targets[name], "kind", "linear") == "experts"
+        and (layer.input or layer.rotate or layer.branches)
     ]
     if bad:
         raise UserError(
-            f"plan: {shorten(bad)} hold experts, whose inputs cannot be quantized or rotated; add "
-            f'a later rule without input and rotate for them, such as {{match: "{bad[0]}", weight: ...}}'
+            f"plan: {shorten(bad)} hold experts, whose inputs cannot be quantized or rotated, and "
+            "which have no branches; add a later rule without input, rotate and branches for them, "
+            f'such as {{match: "{bad[0]}", weight: ...}}'
         )

@@ -38,6 +38,7 @@ from posttrain.quantize.solvers import GPTQ, Problem
 TOP = 25  # tokens of the reference that KL looks at, and one bucket for the rest
 
 Solve = Callable[[str, Tensor, Spec], QTensor]
+Beside = Callable[[str, Tensor], list[nn.Module]]
 
 
 @dataclass(frozen=True)
@@ -144,11 +145,16 @@ class Lab:
 
     @contextmanager
     def quantized(
-        self, model: Any, layers: Mapping[str, LayerPlan], solve: Solve | None = None
+        self,
+        model: Any,
+        layers: Mapping[str, LayerPlan],
+        solve: Solve | None = None,
+        beside: Beside | None = None,
     ) -> Iterator[Any]:
         """The model with these layers quantized, for the time of the context.
 
-        solve: (name, weight, format) to the codes; None rounds to nearest.
+        solve: (name, weight, format) to the codes; None rounds to nearest. beside: (name, what
+        quantization lost of the weight) to branches.
         """
         originals = {name: model.get_submodule(name) for name in layers}
         try:
@@ -159,7 +165,10 @@ class Lab:
                 codes = (
                     solve(name, weight, layer.weight) if solve else quantize(weight, layer.weight)
                 )
-                made = QuantLinear.from_qtensor(codes, layer, originals[name].bias)
+                branches = beside(name, weight - codes.dequantize()) if beside else None
+                made = QuantLinear.from_qtensor(
+                    codes, layer, originals[name].bias, branches=branches
+                )
                 made.resident = "dequantized"
                 model.set_submodule(name, made)
             yield model

@@ -1,15 +1,14 @@
 """LLM.int8(): outlier channels apart, everything else in INT8."""
 
-from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from posttrain.models.branches import Columns
 from posttrain.models.linear import split
 from posttrain.models.plan import LayerPlan
 from posttrain.numbers import QTensor, Spec, quantize, spec
-from posttrain.papers.lab import Lab, Solve, signed
+from posttrain.papers.lab import Beside, Lab, Solve, signed
 from posttrain.papers.paper import Evidence, Paper
 from posttrain.quantize.transforms import Outliers, apply
 
@@ -37,10 +36,10 @@ def experiment(lab: Lab) -> Evidence:
             apply(model, Outliers(factor=factor, count=2), lab.calibration(model))
 
         def measure(name: str, factor: int = factor, model: Any = model) -> dict[str, Any]:
-            plan, solve = dict.fromkeys(lab.linears(model), PLANS[name]), None
+            plan, solve, beside = dict.fromkeys(lab.linears(model), PLANS[name]), None, None
             if name == "llm.int8":
-                plan, solve = _apart(lab, model)
-            with lab.quantized(model, plan, solve):
+                plan, solve, beside = _apart(lab, model)
+            with lab.quantized(model, plan, solve, beside):
                 found = lab.against(natural, model, windows)
             share = _outlier_share(lab, model, windows.tokens[:1]) if solve else None
             return {"factor": factor, "method": name, "outlier_share": share} | found
@@ -62,22 +61,22 @@ def experiment(lab: Lab) -> Evidence:
     )
 
 
-def _apart(lab: Lab, model: Any) -> tuple[dict[str, LayerPlan], Solve]:
+def _apart(lab: Lab, model: Any) -> tuple[dict[str, LayerPlan], Solve, Beside]:
     """Every layer with the columns of its outlier channels beside it in 16 bits."""
     layers = lab.linears(model)
     loud = {
         name: (x.abs() >= THRESHOLD).any(0).nonzero()[:, 0]
         for name, x in lab.inputs(model, layers, lab.calibration(model)).items()
     }
-    plan = {}
-    for name, index in loud.items():
-        columns = Columns(index, layers[name].weight.detach()[:, index].half())
-        plan[name] = replace(PLANS["llm.int8"], branches=(columns,))
+    plan = dict.fromkeys(layers, PLANS["llm.int8"])
 
     def solve(name: str, weight: Tensor, form: Spec) -> QTensor:
         return quantize(weight.index_fill(1, loud[name], 0.0), form)
 
-    return plan, solve
+    def beside(name: str, lost: Tensor) -> list[nn.Module]:
+        return [Columns(loud[name], layers[name].weight.detach()[:, loud[name]].half())]
+
+    return plan, solve, beside
 
 
 def _outlier_share(lab: Lab, model: Any, tokens: Any) -> float:

@@ -20,6 +20,20 @@ class InputMoments:
     tokens: float = 0
     memo: dict[Any, Any] = field(default_factory=dict)
 
+    @property
+    def energy(self) -> torch.Tensor:
+        """Mean square of each input channel: float32 [in]."""
+        return self.gram.diagonal() / max(self.tokens, 1)
+
+    def without(self, index: torch.Tensor) -> "InputMoments":
+        """The moments of the same input with zeros in these channels."""
+        key = ("without", *index.tolist())
+        if key not in self.memo:
+            gram = self.gram.index_fill(0, index, 0.0).index_fill_(1, index, 0.0)
+            self.memo[key] = InputMoments(gram, self.tokens)
+        found: InputMoments = self.memo[key]
+        return found
+
     def add(self, x: torch.Tensor, weight: float = 1.0) -> None:
         """Add the rows of x [..., in], each `weight` times."""
         rows = x.reshape(-1, x.shape[-1]).to(torch.float32)

@@ -28,6 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from posttrain import __version__
+from posttrain.models.branches import branch_dict
 from posttrain.models.checkpoint import write_json
 from posttrain.models.linear import QuantLinear, seen
 from posttrain.models.memory import trim
@@ -37,6 +38,7 @@ from posttrain.models.shards import read_header
 from posttrain.models.walk import Target, assign, fusion_groups
 from posttrain.numbers import QTensor, concatenated, fit_scales, qsnr
 from posttrain.quantize.activations import ActivationStore
+from posttrain.quantize.beside import compensate, set_apart
 from posttrain.quantize.calibration import InputMoments, MomentCollector
 from posttrain.quantize.job import HEAD_PART, Job, demand, prepare, say
 from posttrain.quantize.memory import GIB, PeakMemory
@@ -181,12 +183,14 @@ def _quantize_block(
         moments = _capture(job, index, planned, inputs) if inputs is not None and calibrated else {}
         shared = _shared_factors(job, planned)
         for layer in planned:
-            stored, record, qweight = _solve(job, layer, moments.get(layer), log, shared[layer])
+            found = _solve(job, layer, moments.get(layer), log, shared[layer])
+            stored, record, qweight, branches = found
             tensors |= stored
             records.append(record | {"smoothed": f"{layer}.weight" in changed})
             if calibrated:
                 target = job.target(layer)
-                replace(layer, target, job.layers[layer], qweight, _bias(job.stream.model, target))
+                bias = _bias(job.stream.model, target)
+                replace(layer, target, job.layers[layer], qweight, bias, branches)
         if inputs is not None and calibrated:
             _advance(job, index, inputs)
         tensors |= _kept(job, job.stream.tensors(name), planned, changed)
@@ -273,8 +277,8 @@ def _solve(
     moments: InputMoments | None,
     log: Log,
     known: dict[int, torch.Tensor] | None = None,
-) -> tuple[dict[str, torch.Tensor], dict[str, Any], QTensor]:
-    """Tensors to store, the record of the layer, and its quantized weight."""
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], QTensor, list[nn.Module]]:
+    """Tensors to store, the record of the layer, its quantized weight and its branches."""
     begun = time.monotonic()
     target, layer = job.target(name), job.layers[name]
     solver = job.settings.solver
@@ -282,14 +286,19 @@ def _solve(
         # A router decides which tokens an expert sees; its second moments are not gathered.
         solver = RTN()
     weight = _weight(job, name)
+    apart, rest, moments = set_apart(layer, weight, moments)
 
     def solve(part: torch.Tensor) -> QTensor:
         problem = Problem(part, job.spec(name), moments, known or {})
         return solver.solve(replace(problem, log=lambda text: log(f"{name}: {text}")))
 
     head = name in job.targets[""] and job.spec(name).by_rows
-    qweight = concatenated(map(solve, _row_parts(weight))) if head else solve(weight)
-    stored = job.writer.module_tensors(name, qweight, _bias(job.stream.model, target))
+    qweight = concatenated(map(solve, _row_parts(rest))) if head else solve(rest)
+    decoded = qweight.dequantize()
+    branches = compensate(layer, rest - decoded, apart) if layer.branches else []
+    bias = _bias(job.stream.model, target)
+    stored = job.writer.module_tensors(name, qweight, bias, branches)
+    beside = sum(t.nbytes for branch in branches for t in branch.state_dict().values())
     record = {
         "name": name,
         "shape": list(target.shape),
@@ -298,11 +307,12 @@ def _solve(
         "rotated": layer.rotate,
         "outliers": layer.outliers,
         "solver": solver.name,
-        "qsnr": round(qsnr(weight, qweight.dequantize()), 4),
-        "bits_per_weight": 8 * qweight.nbytes / weight.numel(),
+        "branches": list(map(branch_dict, layer.branches)),
+        "qsnr": round(qsnr(rest, decoded), 4),
+        "bits_per_weight": 8 * (qweight.nbytes + beside) / weight.numel(),
         "seconds": time.monotonic() - begun,
     }
-    return stored, record, qweight
+    return stored, record, qweight, branches
 
 
 def _row_parts(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -325,14 +335,21 @@ def _bias(model: nn.Module, target: Target) -> torch.Tensor | None:
 
 
 @contextmanager
-def _replaced(model: nn.Module) -> Iterator[Callable[[str, Target, LayerPlan, QTensor, Any], None]]:
+def _replaced(model: nn.Module) -> Iterator[Callable[..., None]]:
     """Put quantized layers into the model for the time of the context."""
     originals: dict[str, nn.Module] = {}
 
-    def replace(name: str, target: Target, layer: LayerPlan, qweight: QTensor, bias: Any) -> None:
+    def replace(
+        name: str,
+        target: Target,
+        layer: LayerPlan,
+        qweight: QTensor,
+        bias: torch.Tensor | None,
+        branches: Sequence[nn.Module],
+    ) -> None:
         if target.kind == "linear":
             originals[name] = model.get_submodule(name)
-            module = QuantLinear.from_qtensor(qweight, layer, bias)
+            module = QuantLinear.from_qtensor(qweight, layer, bias, branches=branches)
             module.resident = "dequantized"
             model.set_submodule(name, module)
             return
@@ -374,7 +391,7 @@ def _quantize_outside(job: Job, log: Log) -> list[dict[str, Any]]:
     for name in planned:
         for parameter in job.target(name).parameters.values():
             assign(job.stream.model, "", job.source.read([parameter]), COMPUTE_DTYPE)
-        stored, record, _ = _solve(job, name, None, log)
+        stored, record, _, _ = _solve(job, name, None, log)
         job.stream.model.get_submodule(name).to("meta")
         tensors |= stored
         records.append(record)
