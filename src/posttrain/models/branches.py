@@ -42,7 +42,8 @@ class BranchPlan(Protocol):
 
 @dataclass(frozen=True)
 class LowRankPlan:
-    """up @ down of a rank, its factors [out, rank] and [rank, in] stored as `weight` says.
+    """up @ down of a rank, its factors [out, rank] and [rank, in] stored as `weight` says; the rank
+    of a layer that has fewer rows or columns is theirs.
 
     start: "svd" (the closest of its rank), or "zero": up is 0 and down random, adding nothing until
     it is trained.
@@ -70,9 +71,10 @@ class LowRankPlan:
     def fit(self, missing: Tensor, energy: Tensor | None) -> nn.Module:
         if self.start == "zero":
             generator = torch.Generator().manual_seed(0)
-            down = torch.randn(self.rank, missing.shape[1], generator=generator)
+            rank = min(self.rank, *missing.shape)
+            down = torch.randn(rank, missing.shape[1], generator=generator)
             down /= missing.shape[1] ** 0.5
-            return LowRank.of(self, torch.zeros(missing.shape[0], self.rank), down)
+            return LowRank.of(self, torch.zeros(missing.shape[0], rank), down)
         return LowRank.of(self, *low_rank_factors(missing, self.rank))
 
 
@@ -88,8 +90,9 @@ class ColumnsPlan:
         _require_count(self, "count", self.count)
 
     def build(self, out_features: int, in_features: int) -> nn.Module:
-        index = torch.empty(self.count, dtype=torch.int64, device="meta")
-        weight = torch.empty(out_features, self.count, dtype=torch.float16, device="meta")
+        count = min(self.count, in_features)
+        index = torch.empty(count, dtype=torch.int64, device="meta")
+        weight = torch.empty(out_features, count, dtype=torch.float16, device="meta")
         return Columns(index, weight)
 
     def fit(self, missing: Tensor, energy: Tensor | None) -> nn.Module:
@@ -152,7 +155,8 @@ class LowRank(nn.Module):
     def __init__(self, plan: LowRankPlan, out_features: int, in_features: int) -> None:
         super().__init__()
         self.plan = plan
-        self.shapes = {"up": (out_features, plan.rank), "down": (plan.rank, in_features)}
+        rank = min(plan.rank, out_features, in_features)
+        self.shapes = {"up": (out_features, rank), "down": (rank, in_features)}
         self.trained: dict[str, nn.Parameter] = {}
         for name, shape in self.shapes.items():
             for buffer, (size, dtype) in storage.layout(name, plan.weight, shape).items():

@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 
 from posttrain.errors import UserError
 from posttrain.models import compressed_tensors, native, storage
-from posttrain.models.base import Source
+from posttrain.models.base import Entry, Source
 from posttrain.models.directory import MARKER
 from posttrain.models.plan import LayerPlan, shorten
-from posttrain.models.shards import read_header
+from posttrain.models.shards import StoredTensor, read_header
 from posttrain.models.walk import skeleton, tied_head
 from posttrain.numbers import QTensor
 
@@ -173,6 +173,10 @@ class CheckpointWriter:
             config["tie_word_embeddings"] = False
         return config
 
+    def written(self) -> Source:
+        """What is stored so far, as a source; every shard must be there."""
+        return _Written(self)
+
     def _choose_format(self) -> Format:
         found = choose_format(self.layers, self.shapes)
         if self._tied is not None:
@@ -218,6 +222,21 @@ class CheckpointWriter:
         lost = [name for name in self.layers if name not in owners | experts]
         if lost:
             raise UserError(f"{self.out_dir}: no shard holds {shorten(lost)}")
+
+
+class _Written(Source):
+    """The shards of a checkpoint that has no config.json yet."""
+
+    def __init__(self, writer: CheckpointWriter) -> None:
+        config = writer.config()
+        self.name = str(writer.out_dir)
+        self.kind, self.path = "directory", writer.out_dir
+        self.config = type(writer.source.config).from_dict(config)
+        self.quantization_config = config["quantization_config"]
+        stored: dict[str, StoredTensor] = {}
+        for index in range(writer.n_shards):
+            stored |= read_header(writer.shard_path(index))
+        self._entries = {name: Entry(t.shape, t.dtype, t.read) for name, t in stored.items()}
 
 
 def check_finished(path: Path) -> None:

@@ -62,6 +62,13 @@ def load(model: str | Path, *, dtype: str | torch.dtype = "auto", resident: str 
     return loaded.eval()
 
 
+def load_source(source: Source, dtype: torch.dtype, resident: str = "packed") -> Any:
+    """The model of an open source, without tokenizer and without what `load` says of it."""
+    model, _ = _load(source, dtype)
+    set_resident(model, resident)
+    return model.eval()
+
+
 def set_resident(model: nn.Module, how: str) -> None:
     """Choose what all quantized layers keep in memory and compute with (see `load`)."""
     check_resident(how)

@@ -15,6 +15,7 @@ from torch import nn
 from posttrain import __version__
 from posttrain.data.text import load_text, token_windows
 from posttrain.errors import UserError
+from posttrain.models.branches import LowRankPlan
 from posttrain.models.checkpoint import CheckpointWriter
 from posttrain.models.linear import require_plain_embedding
 from posttrain.models.plan import LayerPlan, Plan
@@ -84,7 +85,12 @@ def prepare(
         if pattern not in TIED_WITH_EMBEDDING:
             say(f"{pattern!r} in the recipe matches no layer of this model")
     windows, text = torch.empty(0, settings.calibration.window, dtype=torch.long), None
-    if settings.calibrated:
+    if settings.distill is not None and not any(map(_trainable, layers.values())):
+        raise UserError(
+            f"recipe {settings.name}: distill needs low-rank branches to train; add "
+            "`branches: [{name: lowrank, rank: 8}]` to a rule"
+        )
+    if settings.sees_text:
         windows, text = _calibration_windows(source, settings.calibration, seed)
     shapes = {name: _stored_shape(target) for name, target in flat.items()}
     return Job(
@@ -102,6 +108,10 @@ def prepare(
         budget=_activation_budget(memory_budget),
         fingerprint=_fingerprint(source, settings, seed, windows),
     )
+
+
+def _trainable(layer: LayerPlan) -> bool:
+    return any(isinstance(branch, LowRankPlan) for branch in layer.branches)
 
 
 def _outside_targets(stream: BlockStream, plan: Plan) -> dict[str, Target]:
@@ -205,8 +215,27 @@ def demand(job: Job) -> Demand:
         statistics=3 * gram,
         activations=cache if cache <= job.budget else 0,
         forward=4 * 6 * job.batch * calibration.window * widest if running else 0,
+        distill=_distill_bytes(job),
         allocator=CALIBRATED_KEEPS if job.settings.solver.calibrated else RTN_KEEPS,
     )
+
+
+def _distill_bytes(job: Job) -> int:
+    """Distilling holds the teacher whole, then the student and what its backward pass needs."""
+    settings = job.settings.distill
+    if settings is None:
+        return 0
+    config = job.source.config.get_text_config()
+    everything = 4 * _weights(job.source, job.source.tensor_names())
+    tokens = settings.batch * job.settings.calibration.window
+    heads = config.num_attention_heads
+    window = job.settings.calibration.window
+    # Logits, their gradient and softmax; per block the inputs of its linears and the attention.
+    logits = 4 * 5 * tokens * config.vocab_size
+    kept = 4 * len(job.stream.blocks) * tokens * (
+        8 * config.hidden_size + 4 * config.intermediate_size + heads * window
+    )  # fmt: skip
+    return everything + logits + kept
 
 
 def _kept_bytes(source: Source, names: list[str]) -> int:

@@ -54,6 +54,7 @@ class Demand:
         statistics: second moments of a block's inputs.
         activations: the cache of block inputs, as far as it stays in memory.
         forward: intermediate results of one batch through a block.
+        distill: the model with what a backward pass through it keeps.
         allocator: freed memory that the C library keeps for reuse.
     """
 
@@ -65,6 +66,7 @@ class Demand:
     statistics: int
     activations: int
     forward: int
+    distill: int
     allocator: int
 
     @property
@@ -73,4 +75,4 @@ class Demand:
         solving = self.activations + self.block + self.stored + self.statistics + self.solve
         running = self.activations + self.block + self.stored + self.statistics + self.forward
         embedding = self.activations + self.embed + self.forward
-        return max(solving, running, embedding, self.outside) + self.allocator
+        return max(solving, running, embedding, self.outside, self.distill) + self.allocator

@@ -28,18 +28,21 @@ from torch import nn
 from tqdm import tqdm
 
 from posttrain import __version__
+from posttrain.evaluate.divergence import TopTarget
 from posttrain.models.branches import branch_dict
 from posttrain.models.checkpoint import write_json
 from posttrain.models.linear import QuantLinear, seen
+from posttrain.models.load import load_source
 from posttrain.models.memory import trim
 from posttrain.models.plan import LayerPlan
 from posttrain.models.rotation import rotate
-from posttrain.models.shards import read_header
+from posttrain.models.shards import OpenFiles, read_header
 from posttrain.models.walk import Target, assign, fusion_groups
 from posttrain.numbers import QTensor, concatenated, fit_scales, qsnr
 from posttrain.quantize.activations import ActivationStore
 from posttrain.quantize.beside import compensate, set_apart
 from posttrain.quantize.calibration import InputMoments, MomentCollector
+from posttrain.quantize.distill import cached_targets, distill, teacher_targets, trained_tensors
 from posttrain.quantize.job import HEAD_PART, Job, demand, prepare, say
 from posttrain.quantize.memory import GIB, PeakMemory
 from posttrain.quantize.progress import MEASURED, Progress, finished_result, open_progress
@@ -113,7 +116,8 @@ def quantize(
         started = time.monotonic() - state.seconds
         _quantize_blocks(job, state, started, progress)
         outside = _quantize_outside(job, say)
-        result = _result(job, state.layers + outside)
+        distilled = _distill(job, state, started, progress)
+        result = _result(job, state.layers + outside) | distilled
         job.writer.finish(result)
     measured = {
         "seconds": time.monotonic() - started,
@@ -128,6 +132,8 @@ def quantize(
 
 
 def _quantize_blocks(job: Job, state: Progress, started: float, progress: bool) -> None:
+    if state.next_block == len(job.stream.blocks):
+        return
     inputs = _block_inputs(job, state)
     saved = time.monotonic()
     bar = tqdm(
@@ -398,6 +404,41 @@ def _quantize_outside(job: Job, log: Log) -> list[dict[str, Any]]:
     tensors |= _kept(job, job.stream.outside, planned)
     job.writer.write_shard(0, tensors)
     return records
+
+
+def _distill(job: Job, state: Progress, started: float, progress: bool) -> dict[str, Any]:
+    """Train the branches of what is written, where the recipe says so, and write them again."""
+    settings = job.settings.distill
+    if settings is None:
+        return {}
+    state.next_block, state.activations = len(job.stream.blocks), None
+    state.seconds = time.monotonic() - started
+    state.save()
+
+    def teach() -> TopTarget:
+        teacher = load_source(job.source, COMPUTE_DTYPE)
+        return teacher_targets(teacher, job.windows, settings.top, job.batch, progress)
+
+    targets = cached_targets(state.folder / "teacher.safetensors", teach)
+    trim()
+    student = load_source(job.writer.written(), COMPUTE_DTYPE, resident="native")
+    found = distill(
+        student, job.windows, targets, settings,
+        seed=job.seed, state=state.folder / "distill.pt", progress=progress,
+    )  # fmt: skip
+    if not found["kept"]:
+        say("distillation did not lower the loss on text held back: branches are as fitted")
+    trained = dict(trained_tensors(student))
+    for index in range(len(job.stream.blocks) + 1):
+        stored = _read_shard(job.writer.shard_path(index))
+        if any(name in trained for name in stored):
+            job.writer.write_shard(index, stored | {n: trained[n] for n in stored if n in trained})
+    return {"distilled": found}
+
+
+def _read_shard(path: Path) -> dict[str, torch.Tensor]:
+    with OpenFiles() as files:
+        return {name: stored.read(files) for name, stored in read_header(path).items()}
 
 
 def _result(job: Job, layers: list[dict[str, Any]]) -> dict[str, Any]:

@@ -10,12 +10,13 @@ import yaml
 
 from posttrain.errors import UserError, did_you_mean
 from posttrain.models.plan import Plan
+from posttrain.quantize.distill import Distillation
 from posttrain.quantize.solvers import Solver, make_solver
 from posttrain.quantize.transforms import Transform, make_transform
 
 SHIPPED = files("posttrain") / "recipes"
 NO_TRANSFORM = "none"
-KEYS = ("name", "description", "layers", "ignore", "transform", "solver", "calibration")
+KEYS = ("name", "description", "layers", "ignore", "transform", "solver", "distill", "calibration")
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,17 @@ class QuantRecipe:
     transform: Transform | None = None
     description: str = ""
     calibration: Calibration = field(default_factory=Calibration)
+    distill: Distillation | None = None
 
     @property
     def calibrated(self) -> bool:
-        """Whether it has to see text."""
+        """Whether block inputs flow through the model while it is quantized."""
         return self.solver.calibrated or self.transform is not None
+
+    @property
+    def sees_text(self) -> bool:
+        """Whether there has to be a calibration text."""
+        return self.calibrated or self.distill is not None
 
     def override(
         self,
@@ -79,6 +86,7 @@ class QuantRecipe:
             **self.plan.to_dict(),
             "transform": transform and {"name": transform.name, **_as_dict(transform)},
             "solver": {"name": self.solver.name, **_as_dict(self.solver)},
+            **({} if self.distill is None else {"distill": _as_dict(self.distill)}),
             "calibration": _as_dict(self.calibration),
         }
 
@@ -124,6 +132,7 @@ def parse_recipe(text: str, where: str) -> QuantRecipe:
         plan=_plan({key: data[key] for key in ("layers", "ignore") if key in data}, where),
         transform=_transform(data.get("transform"), f"{where}: transform"),
         solver=_made(make_solver, data.get("solver", "rtn"), f"{where}: solver"),
+        distill=_distill(data.get("distill"), f"{where}: distill"),
         calibration=_calibration(data.get("calibration") or {}, f"{where}: calibration"),
     )
 
@@ -137,6 +146,15 @@ def _plan(data: dict[str, Any], where: str) -> Plan:
 
 def _transform(value: Any, where: str) -> Transform | None:
     return None if value in (None, NO_TRANSFORM) else _made(make_transform, value, where)
+
+
+def _distill(value: Any, where: str) -> Distillation | None:
+    if value is None:
+        return None
+    try:
+        return Distillation.from_dict(value)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _made(make: Callable[..., Any], value: Any, where: str) -> Any:

@@ -1,0 +1,134 @@
+"""Branches through the pipeline: fitted, stored, loaded, trained, resumed."""
+
+import hashlib
+
+import pytest
+import torch
+
+from posttrain.errors import UserError
+from posttrain.models.load import load
+from posttrain.quantize import distill as distilling
+from posttrain.quantize import quantize
+from posttrain.quantize.distill import Distillation, _batch
+from posttrain.quantize.recipe import load_recipe, parse_recipe
+
+CALIBRATION = {"samples": 8, "window": 32, "progress": False}
+SVD = "{name: lowrank, rank: 4, weight: int8 | fp16/row}"
+TRAINED = "{name: lowrank, rank: 4, start: zero}"
+
+
+@pytest.fixture()
+def recipe(tmp_path):
+    def write(branches: str = "", rest: str = "solver: rtn\n", weight: str = "int2 | fp16/g32"):
+        path = tmp_path / f"recipe-{len(list(tmp_path.iterdir()))}.yaml"
+        beside = f", branches: [{branches}]" if branches else ""
+        rule = f'{{match: "*", weight: "{weight}"{beside}}}'
+        path.write_text(f"layers: [{rule}]\nignore: [lm_head]\n{rest}")
+        return path
+
+    return write
+
+
+def digest(folder):
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+        if path.name != "measured.json"
+    }
+
+
+def logits(folder):
+    tokens = torch.arange(50).reshape(2, 25)
+    with torch.no_grad():
+        return load(folder, dtype="float32")(tokens).logits
+
+
+@pytest.mark.parametrize("solver", ["rtn", "gptq"])
+@pytest.mark.parametrize("rotate", [False, True])
+def test_low_rank_branches_bring_the_model_nearer(tiny_llama, tmp_path, recipe, solver, rotate):
+    full = logits(tiny_llama)
+    distance = {}
+    for name, branches in (("without", ""), ("with", SVD), ("whole", SVD.replace("4", "32"))):
+        path = recipe(branches, f"solver: {solver}\n")
+        if rotate:
+            path.write_text(path.read_text().replace("{match", "{rotate: true, match"))
+        result = quantize(tiny_llama, recipe=path, out=tmp_path / name, **CALIBRATION)
+        distance[name] = float((logits(tmp_path / name) - full).norm())
+        assert all(bool(layer["branches"]) == bool(branches) for layer in result["layers"])
+    assert distance["whole"] < 0.2 * distance["with"] < 0.2 * distance["without"]
+
+
+def test_columns_in_16_bits_help_and_cost_bits(tiny_llama, tmp_path, recipe):
+    bits = {}
+    for name, branches in (("without", ""), ("with", "{name: columns, count: 3}")):
+        path = recipe(branches, "solver: gptq\n")
+        result = quantize(tiny_llama, recipe=path, out=tmp_path / name, **CALIBRATION)
+        bits[name] = result["layers"][0]["bits_per_weight"]
+    full = logits(tiny_llama)
+    assert (logits(tmp_path / "with") - full).norm() < (logits(tmp_path / "without") - full).norm()
+    # [32, 32]: 3 columns of 16 bits and their places.
+    assert bits["with"] - bits["without"] == pytest.approx((3 * 32 * 16 + 3 * 64) / 1024)
+
+
+def test_distillation_lowers_the_loss_and_continues_where_it_was_killed(
+    tiny_llama, tmp_path, recipe, monkeypatch
+):
+    path = recipe(TRAINED, "distill: {steps: 12, batch: 2, rate: 0.01}\n")
+    whole = quantize(tiny_llama, recipe=path, out=tmp_path / "whole", **CALIBRATION)
+    found = whole["distilled"]
+    assert found["kept"] and found["loss_after"] < found["loss_before"]
+    monkeypatch.setattr(distilling, "SAVE_SECONDS", 0.0)
+    save, saved = distilling._save, []
+
+    def save_and_die(*args):
+        save(*args)
+        saved.append(args[-1])
+        if len(saved) in (3, 7):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(distilling, "_save", save_and_die)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            quantize(tiny_llama, recipe=path, out=tmp_path / "killed", **CALIBRATION)
+        with pytest.raises(UserError, match="unfinished|no config.json"):
+            load(tmp_path / "killed")
+    quantize(tiny_llama, recipe=path, out=tmp_path / "killed", **CALIBRATION)
+    assert saved == [*range(1, 13), 12]  # no step twice
+    assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
+
+
+def test_training_that_does_not_help_is_undone(tiny_llama, tmp_path, recipe):
+    wild = "distill: {steps: 3, batch: 2, rate: 1000}\n"
+    result = quantize(tiny_llama, recipe=recipe(SVD, wild), out=tmp_path / "wild", **CALIBRATION)
+    assert not result["distilled"]["kept"]
+    quantize(tiny_llama, recipe=recipe(SVD), out=tmp_path / "fitted", **CALIBRATION)
+    assert torch.equal(logits(tmp_path / "wild"), logits(tmp_path / "fitted"))
+
+
+@pytest.mark.parametrize("count, size", [(7, 3), (4, 4), (3, 8)])
+def test_every_window_is_seen_once_in_a_pass(count, size):
+    drawn = torch.cat([_batch(count, size, step, seed=1) for step in range(3 * count)])
+    for lap in drawn[: len(drawn) // count * count].reshape(-1, count):
+        assert sorted(lap.tolist()) == list(range(count))
+
+
+def test_mistakes_are_named(tiny_llama, tmp_path, recipe):
+    with pytest.raises(UserError, match="low-rank branches to train"):
+        quantize(tiny_llama, recipe=recipe("", "distill: {}\n"), out=tmp_path / "a", **CALIBRATION)
+    for entry, message in (
+        ("{stepz: 3}", "did you mean 'steps'"),
+        ("{steps: 0}", "steps must be a positive"),
+        ("{rate: fast}", "rate must be a number"),
+        ("[]", "expected a mapping"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_recipe(recipe(TRAINED, f"distill: {entry}\n"))
+
+
+def test_a_recipe_with_branches_and_distillation_survives_its_own_yaml(recipe):
+    import yaml
+
+    first = load_recipe(recipe(SVD, "distill: {steps: 5}\n"))
+    assert first.distill == Distillation(steps=5)
+    again = parse_recipe(yaml.safe_dump(first.to_dict()), "again.yaml")
+    assert again == first
