@@ -80,6 +80,18 @@ def test_llm_int8_recovers_what_outliers_cost():
     assert qsnr(exact, in_16_bits) == pytest.approx(49.0, abs=0.3)
 
 
+@pytest.mark.parametrize(
+    ("name", "db"), [("zqfp", 19.1), ("zqfp-m1", 17.7), ("zqfp-m2", 18.5), ("zqfp-m2-ceil", 16.3)]
+)
+def test_power_of_two_scales_cost_what_they_must(name, db):
+    """E2M1 with groups of 256 on Gaussian rows whose eight groups are 0.5 to 1.5 as loud (how
+    unequal they were is not known: within 0.15)."""
+    generator = torch.Generator().manual_seed(0)
+    loudness = 0.5 + torch.rand(1024, 8, 1, generator=generator)
+    x = (torch.randn(1024, 8, 256, generator=generator) * loudness).reshape(1024, 2048)
+    assert qsnr(x, fake_quantize(x, spec(name))) == pytest.approx(db, abs=0.15)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 6, 8])
 def test_bit_planes_multiply_like_integers(bits):
     generator = torch.Generator().manual_seed(bits)

@@ -203,7 +203,8 @@ class _Fit:
         target = ideal
         for j, value in enumerate(coarser, i + 1):
             target = target * value if self.spec.reciprocal(j) else target / value
-        return _store(self.spec.factors[i], target, stat, target, 1.0)
+        slack = max(_rounding(factor) for factor in self.spec.factors[i + 1 :])
+        return _store(self.spec.factors[i], target, stat, target, 1.0, slack)
 
     def _top(self, i: int) -> float:
         """What the span is divided by for factor i: the tops of the element and finer grids."""
@@ -270,12 +271,24 @@ def row_scale(absmax: Tensor, spec: Spec) -> Tensor:
     return torch.where(absmax == 0, 1.0, ideal.clamp_(min=spec.factors[0].grid.smallest))
 
 
+def _rounding(factor: Factor) -> float:
+    """How far a stored factor may be from what was meant, relative, where that is a trifle."""
+    wide = factor.nested is None and factor.grid.kind == "wide"
+    return torch.finfo(factor.grid.code_dtype).eps if wide else 0.0
+
+
 def _store(
-    factor: Factor, target: Tensor, stat: Tensor, shift: Tensor | None, top: float
+    factor: Factor,
+    target: Tensor,
+    stat: Tensor,
+    shift: Tensor | None,
+    top: float,
+    slack: float = 0.0,
 ) -> "Tensor | QTensor":
     """Encode factor values `target`; `stat` is the span they come from, `top` the element's.
 
     shift: the factor's value as a share of the coarser factors, for power-of-two factors.
+    slack: a share so little off a power of two is that power.
     """
     if factor.nested is not None:
         return _store_nested(factor.nested, factor.offset, target)
@@ -283,7 +296,7 @@ def _store(
     if isinstance(grid, Pow2Grid):
         unusable = ~stat.isfinite()
         exponent = _exponent(factor.rule, target, stat, top) if shift is None else (
-            _shift_exponent(factor, shift)
+            _shift_exponent(factor, shift, slack)
         )  # fmt: skip
         exponent = exponent.masked_fill(stat == 0, grid.lo if factor.limit is None else (
             -factor.limit[1]
@@ -312,10 +325,15 @@ def _exponent(rule: str, target: Tensor, stat: Tensor, top: float) -> Tensor:
     return _ceil_log2(target) if rule == "ceil" else _round_log2(target)
 
 
-def _shift_exponent(factor: Factor, share: Tensor) -> Tensor:
-    """Exponent -k of a share 2^-k of the coarser factors; the rule rounds k."""
+def _shift_exponent(factor: Factor, share: Tensor, slack: float) -> Tensor:
+    """Exponent -k of a share 2^-k of the coarser factors; the rule rounds k.
+
+    The block that set the coarser factor has a share of 1 but for the rounding of that factor,
+    which must not double or halve its scale.
+    """
     by_rule = {"floor": _ceil_log2, "ceil": _floor_log2, "nearest": _round_log2}
-    exponent = by_rule[factor.rule](share)
+    tolerance = {"floor": 1 - slack, "ceil": 1 + slack, "nearest": 1.0}
+    exponent = by_rule[factor.rule](share * tolerance[factor.rule])
     if factor.limit is None:
         return exponent
     return exponent.clamp(-factor.limit[1], -factor.limit[0])
