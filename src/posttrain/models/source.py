@@ -1,4 +1,4 @@
-"""Find a model by what the user typed: a directory, a hub id, a GGUF file, or "demo"."""
+"""Find a model by what the user typed: a directory, a hub id, a GGUF file, "demo" or "pico"."""
 
 import difflib
 from pathlib import Path
@@ -12,18 +12,22 @@ from posttrain.models.hub import fetch, looks_like_hub_id
 __all__ = ["Entry", "Source", "open_source", "require_unquantized"]
 
 DEMO = "demo"
+PICO = "pico"  # benchmarks/train_pico.py made it
 
 
 def open_source(model: str | Path) -> Source:
     """Open a model without reading its weights.
 
     model: a directory with config.json and safetensors; a .gguf file; a hub id ("owner/name",
-    fetched or taken from the local cache); or "demo". A local path that exists wins over a hub id.
+    fetched or taken from the local cache); "demo" or "pico". A local path that exists wins over a hub
+    id.
     Every problem with the files is one UserError that names the file, what is wrong, what to do.
     """
     text = str(model)
     if text == DEMO:
         return GgufSource(demo_path(), name=DEMO)
+    if text == PICO:
+        return DirectorySource(Path(__file__).parent / PICO, name=PICO)
     path = Path(model).expanduser()
     if path.is_dir():
         return DirectorySource(path, name=text)

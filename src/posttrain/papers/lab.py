@@ -6,17 +6,20 @@ to the unchanged model on the same tokens, with its interval over windows of tex
 
 import copy
 import hashlib
+import io
 import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from posttrain.data import load_text, token_windows
@@ -104,6 +107,13 @@ class Lab:
 
         return load("demo", dtype="float32").eval()
 
+    @cached_property
+    def pico(self) -> Any:
+        """The small model of this package in float32. Its weights never were on a grid of few bits."""
+        from posttrain.models.load import load
+
+        return load("pico", dtype="float32").eval()
+
     def copy(self, model: Any) -> Any:
         """A model that can be changed for good."""
         made = copy.deepcopy(model)
@@ -175,6 +185,24 @@ class Lab:
         finally:
             for name, original in originals.items():
                 model.set_submodule(name, original)
+
+    @contextmanager
+    def recipe(self, model: Any, recipe: Mapping[str, Any]) -> Iterator[Any]:
+        """The model as `posttrain quantize` makes it by a recipe; what it says of itself is
+        `.made`."""
+        from posttrain.models.load import load
+        from posttrain.quantize import quantize as make
+
+        with TemporaryDirectory() as folder:
+            source, out, file = (Path(folder) / name for name in ("model", "out", "recipe.yaml"))
+            model.save_pretrained(source)
+            model.tokenizer.save_pretrained(source)
+            file.write_text(yaml.safe_dump(dict(recipe)), encoding="utf-8")
+            with _quietly():
+                made = make(source, recipe=file, out=out, progress=False)
+                found = load(out, dtype="float32", resident="dequantized")
+            found.made = made
+            yield found
 
     @contextmanager
     def altered(
@@ -258,6 +286,13 @@ class Lab:
         found = pair("reference", "variant", reference.scores, scorer.scores())
         kept = ("delta_nll", "ci_low", "ci_high", "kl", "kl_ci_low", "kl_ci_high")
         return {name: found[name] for name in kept}
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what verbs say on standard error: an experiment has one line for each step."""
+    with redirect_stderr(io.StringIO()):
+        yield
 
 
 def signed(found: Mapping[str, Any], digits: int = 4) -> str:

@@ -140,6 +140,7 @@ def distill(
         if len(windows) > 1
         else held
     )
+    student.requires_grad_(False)  # but for the factors
     run = _Run(student, windows, targets, settings)
     before = run.held_back_loss(held)
     start = {name: branch.state_dict() for name, branch in branches.items()}

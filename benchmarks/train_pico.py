@@ -1,6 +1,6 @@
 """Train the small model whose weights never were on a 4-bit grid, from nothing.
 
-    python benchmarks/train_small.py OUT
+    python benchmarks/train_pico.py src/posttrain/models/pico
 
 A Llama of six blocks, 256 wide, with its own 4,096 tokens, on the sources of Python's standard
 library (without its tests) and on the embedded calibration texts; the embedded evaluation text is
