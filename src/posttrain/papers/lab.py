@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from posttrain.data import load_text, token_windows
 from posttrain.data.text import Split
@@ -58,11 +59,14 @@ class Lab:
 
     quick: a small share of the text and of the variants, for tests: two minutes at most.
     partial: file in which finished steps are kept, so that an interrupted experiment continues.
+    progress, name, steps: whether to show a bar, of what, and how many steps there were last time.
     """
 
     quick: bool = False
     partial: Path | None = None
     progress: bool = True
+    name: str = "experiment"
+    steps: int | None = None
     _done: dict[str, Any] = field(default_factory=dict)
     _before: float = 0.0  # seconds of runs that were interrupted, up to their last finished step
     _began: float = field(default_factory=time.monotonic)
@@ -71,6 +75,18 @@ class Lab:
         if self.partial is not None and self.partial.is_file():
             kept = json.loads(self.partial.read_text(encoding="utf-8"))
             self._done, self._before = kept["steps"], kept["seconds"]
+        self._bar = tqdm(
+            desc=self.name,
+            total=self.steps,
+            initial=len(self._done),
+            unit="step",
+            file=sys.stderr,
+            disable=not self.progress,
+        )
+
+    def close(self) -> None:
+        """End the bar."""
+        self._bar.close()
 
     @property
     def seconds(self) -> float:
@@ -86,9 +102,11 @@ class Lab:
         found it to be."""
         if name not in self._done:
             began = time.monotonic()
+            self._bar.set_postfix_str(name)
             self._done[name] = json.loads(json.dumps(compute(*given)))
+            self._bar.update()
             if self.progress:
-                print(f"  {name} ({time.monotonic() - began:.0f} s)", file=sys.stderr, flush=True)
+                self._bar.write(f"  {name} ({time.monotonic() - began:.0f} s)", file=sys.stderr)
             if self.partial is not None:
                 self.partial.parent.mkdir(parents=True, exist_ok=True)
                 fresh = self.partial.with_suffix(".new")

@@ -41,6 +41,7 @@ class Paper:
     full_size: the command of the experiment at the size of the paper, for a machine that has it.
     conditions, controls: short name -> what must hold, see the top of this file.
     experiment: finds out; its docstring says on which model and text.
+    picture: draws what was measured, as SVG.
     """
 
     key: str
@@ -54,6 +55,7 @@ class Paper:
     conditions: Mapping[str, str]
     experiment: Callable[[Lab], Evidence]
     controls: Mapping[str, str] = field(default_factory=dict)
+    picture: Callable[[Mapping[str, Any]], str] | None = None
 
     def __post_init__(self) -> None:
         if self.area not in AREAS:

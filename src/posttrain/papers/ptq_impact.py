@@ -1,5 +1,6 @@
 """The impact of quantization on what a model writes, from temperature 0.1 to 0.9."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from posttrain.evaluate.sweep import (
@@ -15,6 +16,7 @@ from posttrain.models.plan import LayerPlan
 from posttrain.numbers import spec
 from posttrain.papers.lab import Lab
 from posttrain.papers.paper import Evidence, Paper
+from posttrain.papers.picture import Series, panels
 
 FORMS = {
     "nf4": LayerPlan(spec("nf4")),
@@ -131,6 +133,30 @@ def _apart(interval: Any) -> bool:
     return bool(interval.low > 0 or interval.high < 0)
 
 
+def picture(measured: Mapping[str, Any]) -> str:
+    """What each format loses in writing, over temperature, by top-k and length."""
+    found: dict[str, dict[str, list[Any]]] = {}
+    for row in measured["rows"]:
+        if row["format"] != FULL:
+            title = f"top-k {row['top_k'] or 'off'}, {row['length']} tokens"
+            found.setdefault(title, {}).setdefault(row["format"], []).append(row)
+    return panels(
+        "Loss of what quantized models write, against full precision",
+        "temperature",
+        "nats per token",
+        {
+            title: {
+                name: Series(
+                    [r["temperature"] for r in rows],
+                    *([r["gap"][part] for r in rows] for part in ("mean", "low", "high")),
+                )
+                for name, rows in formats.items()
+            }
+            for title, formats in found.items()
+        },
+    )
+
+
 PAPER = Paper(
     key="ptq_impact",
     title="Understanding the Impact of Post-Training Quantization on Large Language Models",
@@ -151,4 +177,5 @@ PAPER = Paper(
     },
     controls={"int8": "INT8 is nearer to full precision than nf4 at every temperature, in KL"},
     experiment=experiment,
+    picture=picture,
 )

@@ -3,6 +3,7 @@
 import json
 import pkgutil
 import subprocess
+from contextlib import closing
 from datetime import datetime, timezone
 from functools import cache
 from importlib import import_module
@@ -88,8 +89,9 @@ def _reproduce(paper: Paper, quick: bool, out: str | Path | None, progress: bool
         files = [Path(str(import_module(name).__file__)).read_bytes() for name in sources]
         mark = fingerprint(__version__, quick, files)
         partial = folder / f".{paper.key}-{mark}.partial"
-    lab = Lab(quick, partial, progress)
-    found = paper.experiment(lab)
+    steps = (_evidence(paper.key) or {}).get("steps") if not quick else None
+    with closing(Lab(quick, partial, progress, paper.key, steps)) as lab:
+        found = paper.experiment(lab)
     verdict = paper.verdict(found.holds)
 
     def tested(texts: Any) -> list[dict[str, Any]]:
@@ -112,10 +114,14 @@ def _reproduce(paper: Paper, quick: bool, out: str | Path | None, progress: bool
         "commit": _commit(),
         "machine": machine(),
         "seeds": list(found.seeds),
+        "steps": len(lab.finished),
     }
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"{paper.key}.json", result)
+        if paper.picture is not None:
+            picture = paper.picture(found.measured)
+            (folder / f"{paper.key}.svg").write_text(picture, encoding="utf-8")
         if partial is not None:
             partial.unlink(missing_ok=True)
     return result
