@@ -5,11 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from posttrain.evaluate.windows import Windows
-from posttrain.models.branches import Columns
-from posttrain.models.linear import QuantLinear
+from posttrain.models.branches import Columns, LowRank
+from posttrain.models.linear import FrozenProduct, QuantLinear
 from posttrain.models.plan import LayerPlan
 from posttrain.numbers import fake_quantize, quantize, spec
+from posttrain.papers.int2_1 import LREC, copies_in_backward, recipe
 from posttrain.papers.lab import Lab, signed
+from posttrain.papers.picture import Series, panels
+from posttrain.papers.zeroquant_fp import low_rank
 
 TOKENS = torch.randint(0, 97, (6, 24), generator=torch.Generator().manual_seed(0))
 W8 = LayerPlan(spec("w8"))
@@ -107,3 +110,42 @@ def test_columns_beside_a_layer_are_multiplied_in_full_precision():
     exact = torch.zeros(20, 32).index_copy(1, index, w[:, index])
     rest = fake_quantize(w.index_fill(1, index, 0), spec("w8"))
     torch.testing.assert_close(layer(x), F.linear(x, exact + rest))
+
+
+def test_a_recipe_is_made_as_the_command_makes_it():
+    lab = Lab(quick=True, progress=False)
+    made = recipe(2, LREC, 4, steps=2, samples=2)
+    before = {name: p.clone() for name, p in lab.pico.named_parameters()}
+    with lab.recipe(lab.pico, made) as model:
+        assert model.made["recipe"]["distill"]["steps"] == 2
+        branches = [m for m in model.modules() if isinstance(m, LowRank)]
+        assert len(branches) == len(lab.linears(lab.pico)) == len(model.made["layers"])
+    assert all(torch.equal(p, before[name]) for name, p in lab.pico.named_parameters())
+
+
+def test_full_precision_copies_of_weights_in_the_backward_pass_are_seen():
+    """And there are none where branches are trained beside frozen layers."""
+    lab = Lab(quick=True, progress=False)
+    tokens = lab.windows(lab.pico).tokens[:1]
+    names = list(lab.linears(lab.pico))
+    beside = low_rank(4)
+    with lab.quantized(lab.pico, dict.fromkeys(names, W8), beside=beside) as model:
+        assert copies_in_backward(model, tokens) == []
+        weight = model.get_submodule(names[-1]).weight
+        frozen = FrozenProduct.backward
+        try:  # a backward pass that expands the whole weight
+            FrozenProduct.backward = staticmethod(
+                lambda ctx, g: (g @ (ctx.layer.weight * 1.0), None)
+            )
+            assert list(weight.shape) in copies_in_backward(model, tokens)
+        finally:
+            FrozenProduct.backward = frozen
+
+
+def test_a_picture_shows_every_series_in_every_panel():
+    series = Series([0.1, 0.9], [0.2, 0.3], [0.1, 0.2], [0.3, 0.4])
+    drawn = panels("What", "x", "y", {title: {"a": series, "b": series} for title in "pqr"})
+    assert drawn.startswith("<svg xmlns=") and drawn.count('class="b0"') == 3
+    assert drawn.count('class="s1"') == 3 + 1  # and in the legend
+    with pytest.raises(ValueError, match="colours"):
+        panels("What", "x", "y", {"p": {str(i): series for i in range(9)}})
