@@ -46,8 +46,8 @@ class AdaRound(LinearSolver):
 
     name: ClassVar[str] = "adaround"
     calibrated: ClassVar[bool] = True
-    steps: int = 200
-    rate: float = 0.05
+    steps: int = 100
+    rate: float = 0.1
     strength: float = 30.0
     warmup: float = 0.2
     damping: float = 0.01

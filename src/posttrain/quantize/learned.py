@@ -22,8 +22,9 @@ from posttrain.numbers.grids import FloatGrid, Grid, IntGrid, TableGrid
 from posttrain.numbers.partition import upsample
 from posttrain.numbers.scales import nonzero
 
-# A start that lies beyond the edge of its cell is put this share of the way to the edge.
-INSIDE = 0.98
+# What a start makes of a weight may be far from it (GPTQ). Learning then begins at most this share
+# of the way to the edge of its cell: at the edge itself the first step would change most codes.
+INSIDE = 0.7
 
 
 def levels(grid: Grid) -> Tensor | None:
@@ -110,7 +111,7 @@ def _learnable(spec: Spec) -> bool:
 
 
 def _into_cell(y: Tensor, chosen: Tensor, values: Tensor) -> Tensor:
-    """The point nearest to y that snaps to `chosen`, not quite at the edge."""
+    """The point nearest to y among those that snap to `chosen` and are not too near the edge."""
     rank = torch.bucketize(chosen, values)
     gaps = values.diff() / 2
     below = torch.cat([gaps[:1], gaps])[rank]  # the outermost cells are as wide on both sides

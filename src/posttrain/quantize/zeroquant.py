@@ -48,7 +48,7 @@ class ZQLocal(LinearSolver):
     moments of X, so that each step sees all calibration tokens and no inputs are kept.
 
     Args:
-        start: "rtn", "mse" or "gptq" (with `damping`).
+        start: "rtn", "mse" or "gptq" (with `damping` and `sweeps`).
         steps: of Adam, whose learning rates fall to zero along half a cosine.
         rate: learning rate of weights, in steps of their grid.
         scale_rate: learning rate of scales, relative to them.
@@ -69,14 +69,12 @@ class ZQLocal(LinearSolver):
 
     def __post_init__(self) -> None:
         _check_descent(self)
-        require(within(self.damping, 1), self, "damping must be in (0, 1]")
-        require(self.sweeps == 0 or count(self.sweeps), self, "sweeps must be a whole number")
 
     def solve(self, problem: Problem) -> QTensor:
         moments = problem.reached
         if moments is None:
             return problem.rounded()
-        start = _starting(self.start, self.damping).solve(problem)
+        start = _starting(self).solve(problem)
         if levels(problem.spec.grid) is None:
             problem.log(f"{problem.spec.grid.name} is too fine to learn in: {self.start}")
             return start
@@ -116,7 +114,7 @@ class ZQGlobal(BlockSolver):
     reconstructs blocks too.
 
     Args:
-        start: "rtn", "mse" or "gptq" (with `damping`).
+        start: "rtn", "mse" or "gptq" (with `damping` and `sweeps`).
         teacher: what f is given: "full", the outputs of the full-precision blocks before it, so
             that f^ also makes good what the blocks before it lost; or "quantized", the outputs of
             the quantized blocks, as f^ is in either case.
@@ -124,27 +122,27 @@ class ZQGlobal(BlockSolver):
         batch: calibration windows in a step.
         rate: learning rate of weights, in steps of their grid.
         scale_rate: learning rate of scales, relative to them.
-        damping: see `GPTQ`.
+        damping, sweeps: see `GPTQ`.
     """
 
     name: ClassVar[str] = "zq-global"
     start: str = "gptq"
     teacher: str = "full"
-    steps: int = 100
-    batch: int = 4
-    rate: float = 0.02
-    scale_rate: float = 0.002
+    steps: int = 60
+    batch: int = 2
+    rate: float = 0.01
+    scale_rate: float = 0.001
     damping: float = 0.1
+    sweeps: int = 8
 
     def __post_init__(self) -> None:
         _check_descent(self)
         require(self.teacher in TEACHERS, self, f"teacher must be {' or '.join(TEACHERS)}")
         require(count(self.batch), self, "batch must be a positive whole number")
-        require(within(self.damping, 1), self, "damping must be in (0, 1]")
 
     @property
     def first(self) -> LinearSolver:
-        return _starting(self.start, self.damping)
+        return _starting(self)
 
     @property
     def needs_moments(self) -> bool:
@@ -251,10 +249,13 @@ def _check_descent(solver: ZQLocal | ZQGlobal) -> None:
     require(count(solver.steps), solver, "steps must be a positive whole number")
     require(within(solver.rate, 1), solver, "rate must be in (0, 1]")
     require(within(solver.scale_rate, 1), solver, "scale_rate must be in (0, 1]")
+    require(within(solver.damping, 1), solver, "damping must be in (0, 1]")
+    require(solver.sweeps == 0 or count(solver.sweeps), solver, "sweeps must be a whole number")
 
 
-def _starting(start: str, damping: float) -> LinearSolver:
-    return {"rtn": RTN(), "mse": MSEGrid(), "gptq": GPTQ(damping=damping)}[start]
+def _starting(solver: ZQLocal | ZQGlobal) -> LinearSolver:
+    gptq = GPTQ(damping=solver.damping, sweeps=solver.sweeps)
+    return {"rtn": RTN(), "mse": MSEGrid(), "gptq": gptq}[solver.start]
 
 
 def _adam(weights: list[LearnedWeight], solver: ZQLocal | ZQGlobal) -> torch.optim.Adam:
