@@ -199,6 +199,7 @@ def demand(job: Job) -> Demand:
     rotated = any(layer.rotate for layer in job.layers.values())
     solver = job.settings.solver
     solve = SOLVE_BYTES[solver.name] + ROTATED_BYTES * rotated
+    searched = job.settings.transform is not None and job.settings.transform.kept > 0
     at_once, backward = max(planned.values(), default=0), 0
     if isinstance(solver, BlockSolver):
         groups = job.targets.values()
@@ -216,7 +217,7 @@ def demand(job: Job) -> Demand:
         statistics=3 * gram * (1 + solver.holds_back),
         activations=cache if cache <= job.budget else 0,
         forward=4 * 6 * job.batch * calibration.window * widest if running else 0,
-        allocator=CALIBRATED_KEEPS if solver.calibrated else RTN_KEEPS,
+        allocator=CALIBRATED_KEEPS if solver.calibrated or searched else RTN_KEEPS,
     )
 
 

@@ -48,11 +48,12 @@ class ZQLocal(LinearSolver):
     moments of X, so that each step sees all calibration tokens and no inputs are kept.
 
     Args:
-        start: "rtn", "mse" or "gptq" (with `damping` and `sweeps`).
+        start: "rtn", "mse" or "gptq" (with `damping`, `clip` and `sweeps`).
         steps: of Adam, whose learning rates fall to zero along half a cosine.
         rate: learning rate of weights, in steps of their grid.
         scale_rate: learning rate of scales, relative to them.
         damping: share of the mean diagonal added to the second moments.
+        clip: see `GPTQ`.
         sweeps: of coordinate descent (see `descent`), at most, over what was found; 0 for the
             method as published.
     """
@@ -65,6 +66,7 @@ class ZQLocal(LinearSolver):
     rate: float = 0.002
     scale_rate: float = 0.01
     damping: float = 0.01
+    clip: str = "mse"
     sweeps: int = 8
 
     def __post_init__(self) -> None:
@@ -114,7 +116,7 @@ class ZQGlobal(BlockSolver):
     reconstructs blocks too.
 
     Args:
-        start: "rtn", "mse" or "gptq" (with `damping` and `sweeps`).
+        start: "rtn", "mse" or "gptq" (with `damping`, `clip` and `sweeps`).
         teacher: what f is given: "full", the outputs of the full-precision blocks before it, so
             that f^ also makes good what the blocks before it lost; or "quantized", the outputs of
             the quantized blocks, as f^ is in either case.
@@ -122,7 +124,7 @@ class ZQGlobal(BlockSolver):
         batch: calibration windows in a step.
         rate: learning rate of weights, in steps of their grid.
         scale_rate: learning rate of scales, relative to them.
-        damping, sweeps: see `GPTQ`.
+        damping, clip, sweeps: see `GPTQ`.
     """
 
     name: ClassVar[str] = "zq-global"
@@ -133,6 +135,7 @@ class ZQGlobal(BlockSolver):
     rate: float = 0.01
     scale_rate: float = 0.001
     damping: float = 0.1
+    clip: str = "mse"
     sweeps: int = 8
 
     def __post_init__(self) -> None:
@@ -249,12 +252,13 @@ def _check_descent(solver: ZQLocal | ZQGlobal) -> None:
     require(count(solver.steps), solver, "steps must be a positive whole number")
     require(within(solver.rate, 1), solver, "rate must be in (0, 1]")
     require(within(solver.scale_rate, 1), solver, "scale_rate must be in (0, 1]")
+    require(solver.clip in ("absmax", "mse"), solver, "clip must be absmax or mse")
     require(within(solver.damping, 1), solver, "damping must be in (0, 1]")
     require(solver.sweeps == 0 or count(solver.sweeps), solver, "sweeps must be a whole number")
 
 
 def _starting(solver: ZQLocal | ZQGlobal) -> LinearSolver:
-    gptq = GPTQ(damping=solver.damping, sweeps=solver.sweeps)
+    gptq = GPTQ(damping=solver.damping, clip=solver.clip, sweeps=solver.sweeps)
     return {"rtn": RTN(), "mse": MSEGrid(), "gptq": gptq}[solver.start]
 
 
