@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from posttrain.errors import UserError
-from posttrain.models.checkpoint import MARKER
+from posttrain.models.checkpoint import MARKER, CheckpointWriter
 from posttrain.models.load import load
 from posttrain.quantize import quantize
 from posttrain.quantize.recipe import load_recipe
@@ -65,6 +65,79 @@ def test_every_recipe_writes_a_model_that_loads(recipe, tiny, tmp_path):
         small = load(tmp_path / "out", dtype=torch.float32)(tokens).logits
     assert torch.nn.functional.cosine_similarity(full, small, dim=-1).min() > 0.9
     assert not torch.equal(full, small)
+
+
+LEARNING = {
+    "adaround": "solver: {name: adaround, steps: 5}\ntransform: awq\n",
+    "zq-local": "solver: {name: zq-local, steps: 5, start: gptq}\n",
+    "zq-global": "solver: {name: zq-global, steps: 6, batch: 2}\ntransform: smooth\n",
+    "zq-global, quantized": "solver: {name: zq-global, steps: 6, start: rtn, teacher: quantized}\n",
+}
+
+
+class Killed(BaseException):
+    """What stops a run as a signal would."""
+
+
+@pytest.mark.parametrize("solver", LEARNING)
+def test_learning_solvers_end_with_the_same_bytes_when_killed(
+    solver, tiny_llama, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("posttrain.quantize.pipeline.SNAPSHOT_SECONDS", 0.0)
+    recipe = tmp_path / "learn.yaml"
+    recipe.write_text(GROUP_32 + LEARNING[solver] + "ignore: [lm_head]\n")
+
+    def go(out: str, **options):
+        return quantize(
+            tiny_llama, recipe=recipe, out=tmp_path / out, progress=False, **CALIBRATION, **options
+        )
+
+    result = go("whole")
+    assert {layer["solver"] for layer in result["layers"]} == {solver.partition(",")[0]}
+    write, blocks = CheckpointWriter.write_shard, []
+
+    def dies(self, index, tensors):
+        blocks.append(index)
+        if len(blocks) in (2, 3):  # in the second block, and again when it is resumed
+            raise Killed
+        write(self, index, tensors)
+
+    monkeypatch.setattr(CheckpointWriter, "write_shard", dies)
+    budget = 1e-9 if "quantized" in solver else 1.0  # on disk, in memory
+    for _ in range(2):
+        with pytest.raises(Killed):
+            go("killed", memory_budget=budget)
+    go("killed", memory_budget=budget)
+    assert blocks == [1, 2, 2, 2, 3, 0]
+    assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
+
+
+def test_zq_global_bettered_every_block(tiny_llama, tmp_path, capsys):
+    for teacher in ("full", "quantized"):
+        recipe = tmp_path / f"{teacher}.yaml"
+        recipe.write_text(
+            f"{GROUP_32}solver: {{name: zq-global, steps: 20, rate: 0.03, start: rtn, teacher: {teacher}}}\n"
+            "ignore: [lm_head]\n"
+        )
+        quantize(tiny_llama, recipe=recipe, out=tmp_path / teacher, **CALIBRATION)
+        said = [line for line in capsys.readouterr().err.splitlines() if "output error" in line]
+        shares = [float(line.split("error ")[1].split()[0]) for line in said]
+        assert len(shares) == 3 and max(shares) < 0.99
+
+
+def test_a_head_and_experts_beside_learnt_layers(tiny, tmp_path, capsys):
+    model = tiny("Mixtral", num_local_experts=4)
+    recipe = tmp_path / "head.yaml"
+    recipe.write_text(
+        'layers: [{match: "*", weight: int4 | fp16/g32}]\n'
+        "solver: {name: zq-global, steps: 4}\nignore: ['*.gate']\n"
+    )
+    result = quantize(model, recipe=recipe, out=tmp_path / "out", progress=False, **CALIBRATION)
+    solvers = {layer["name"]: layer["solver"] for layer in result["layers"]}
+    assert solvers["lm_head"] == "gptq"
+    assert solvers["model.layers.0.mlp.experts.down_proj"] == "rtn"
+    assert solvers["model.layers.0.self_attn.q_proj"] == "zq-global"
+    assert "6 layers of experts are rounded to nearest: zq-global" in capsys.readouterr().err
 
 
 def test_a_repeated_run_gives_the_same_bytes_and_does_no_work_twice(tiny_llama, tmp_path, gptq):

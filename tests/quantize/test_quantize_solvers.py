@@ -6,6 +6,7 @@ import torch
 from posttrain.errors import UserError
 from posttrain.numbers import Spec, quantize
 from posttrain.quantize.calibration import InputMoments, MomentCollector
+from posttrain.quantize.descent import damped, quadratic, settle
 from posttrain.quantize.solvers import GPTQ, RTN, SOLVERS, MSEGrid, Problem, block_sum, make_solver
 
 SPECS = [
@@ -90,6 +91,35 @@ def test_gptq_is_the_textbook_algorithm(lazy, group):
     assert (solved != expected).float().mean() < 0.01
 
 
+@pytest.mark.parametrize("text", SPECS)
+def test_sweeps_lower_the_output_error_further(text):
+    for seed in range(3):
+        weight, _, moments = problem(seed)
+        given, hessian = Problem(weight, Spec.parse(text), moments), damped(moments, 0.01, "")
+        once, settled = GPTQ().solve(given), GPTQ(sweeps=8).solve(given)
+        before = quadratic(once.dequantize() - weight, hessian)
+        after = quadratic(settled.dequantize() - weight, hessian)
+        assert (after <= before * (1 + 1e-5)).all() and after.sum() < 0.9 * before.sum()
+        assert torch.equal(
+            once.scales.expand((ROWS, COLUMNS)), settled.scales.expand((ROWS, COLUMNS))
+        )
+
+
+@pytest.mark.parametrize("lazy", [1, 7, 128, 500])
+def test_a_settled_weight_cannot_be_bettered_one_by_one(lazy, monkeypatch):
+    monkeypatch.setattr("posttrain.quantize.descent.LAZY", lazy)
+    weight, _, moments = problem(0)
+    spec, hessian = Spec.parse("int3 | fp16/g32"), damped(moments, 0.01, "").double()
+    settled = settle(weight, quantize(weight, spec), hessian.float(), 100)
+    error, step = (settled.dequantize() - weight).double(), settled.scales.expand(weight.shape)
+    slope, curvature = error @ hessian, hessian.diagonal()
+    for move in (-1, 1):
+        moved = step.double() * move
+        change = 2 * moved * slope + moved**2 * curvature
+        inside = (settled.codes + move).abs() <= 3
+        assert change[inside].min() > -1e-6 * quadratic(error, hessian).max()
+
+
 def test_gptq_without_a_single_token_says_so_and_rounds():
     weight, _, _ = problem(0)
     spec = Spec.parse("int4 | fp16/g32")
@@ -164,6 +194,18 @@ def test_linears_with_one_input_share_their_moments():
     torch.testing.assert_close(collector.of("o").gram, rows.T @ rows)
 
 
+@pytest.mark.parametrize("held", [[0], [1, 2], [0, 1, 2]])
+def test_windows_held_back_are_counted_apart(held):
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(8, 4), torch.randn(3, 5, 8)
+    apart, kept = MomentCollector({"a": linear}), [i for i in range(3) if i not in held]
+    with apart.listening(held):
+        linear(x)
+    for moments, part in ((apart.of("a"), x[kept]), (apart.of("a").held, x[held])):
+        torch.testing.assert_close(moments.gram, torch.einsum("bti,btj->ij", part, part))
+        assert moments.tokens == 5 * len(part)
+
+
 @pytest.mark.parametrize("weight", [1.0, 64.0])
 def test_the_first_token_of_a_window_counts_as_often_as_asked(weight):
     torch.manual_seed(0)
@@ -181,6 +223,6 @@ def test_the_first_token_of_a_window_counts_as_often_as_asked(weight):
 
 def test_options_are_checked_by_name():
     assert make_solver("gptq", actorder=True) == GPTQ(actorder=True)
-    assert set(SOLVERS) == {"rtn", "mse", "gptq"}
+    assert set(SOLVERS) == {"rtn", "mse", "gptq", "adaround", "zq-local", "zq-global"}
     with pytest.raises(UserError, match="did you mean 'gptq'"):
         make_solver("gptqq")

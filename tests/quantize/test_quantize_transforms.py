@@ -7,8 +7,12 @@ from torch import nn
 
 from posttrain.errors import UserError
 from posttrain.models.load import load
+from posttrain.models.plan import LayerPlan
+from posttrain.numbers import Spec
+from posttrain.numbers import quantize as quantize_tensor
 from posttrain.quantize import quantize
 from posttrain.quantize.transforms import (
+    AWQ,
     Channels,
     CrossQuant,
     Outliers,
@@ -88,6 +92,18 @@ def test_rotated_layers_compute_the_same(family, options, tiny, tmp_path):
     assert distance(tmp_path / "out", model) < 1e-5
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_awq_preserves_the_function_where_it_changes_anything(family, tiny, tmp_path, monkeypatch):
+    """With weights stored exactly nothing is gained; so the search is made to gain."""
+    losses = iter(range(10**6, 0, -1))
+    monkeypatch.setattr("posttrain.quantize.awq._loss", lambda channels, d: next(losses))
+    changes, smoothed = FAMILIES[family]
+    model = loud(tiny(family, **changes))
+    result = run(model, LOSSLESS + "transform: {name: awq, balance: true}\n", tmp_path)
+    assert sum(layer["smoothed"] for layer in result["layers"]) == 3 * smoothed
+    assert distance(tmp_path / "out", model) < 1e-5
+
+
 def test_rotation_spreads_loud_channels(tiny, tmp_path):
     model = loud(tiny("Llama"))
     run(model, A8 + "ignore: [lm_head]\n", tmp_path, "plain")
@@ -123,6 +139,83 @@ class Shared(nn.Module):
         y = self.one(x)
         x = x + self.a(y) + (y if self.leak else 0)
         return x + self.b(self.two(x))
+
+
+@pytest.mark.parametrize("input", ["", ", input: int8h | fp32/row"])
+@pytest.mark.parametrize("balance", ["false", "true"])
+def test_awq_loses_less(input, balance, tiny, tmp_path):
+    model = loud(tiny("Llama"))
+    recipe = f'layers: [{{match: "*", weight: int4 | fp16/g32{input}}}]\nignore: [lm_head]\n'
+    run(model, recipe, tmp_path, "plain")
+    result = run(model, recipe + f"transform: {{name: awq, balance: {balance}}}\n", tmp_path, "awq")
+    assert any(layer["smoothed"] for layer in result["layers"])
+    assert distance(tmp_path / "awq", model) < 0.9 * distance(tmp_path / "plain", model)
+
+
+def layer_loss(seen: Channels, d: torch.Tensor) -> float:
+    """What `awq` minimises, written out."""
+    total = 0.0
+    for weight, layer in seen.consumers:
+        stored = quantize_tensor(weight * d, layer.weight).dequantize()
+        x = seen.inputs / d
+        x = x if layer.input is None else quantize_tensor(x, layer.input).dequantize()
+        total += float((x @ stored.T - seen.inputs @ weight.T).square().sum())
+    return total
+
+
+def channels(x: torch.Tensor, weights: list[torch.Tensor], layer: LayerPlan) -> Channels:
+    return Channels(
+        x.square().mean(0).sqrt(), x.abs().amax(0), torch.cat(weights).abs().amax(0),
+        mean=x.abs().mean(0), inputs=x, consumers=tuple((weight, layer) for weight in weights),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("text", ["int4 | fp16/g32", "int3z | fp16/row", "mxfp4", "nf4"])
+@pytest.mark.parametrize("quantized", [None, "int8h | fp32/row"])
+def test_awq_takes_the_best_alpha_of_its_grid(text, quantized, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(50, 64, generator=generator) * (torch.arange(64) % 9 + 0.1)
+    weights = [torch.randn(8, 64, generator=generator) for _ in range(2)]
+    layer = LayerPlan(Spec.parse(text), quantized and Spec.parse(quantized))
+    seen = channels(x, weights, layer)
+    losses = {}
+    for i in range(5):
+        d = seen.mean ** (i / 4)
+        d = d / (d.max() * d.min()).sqrt()
+        losses[layer_loss(seen, d)] = d
+    found = AWQ(steps=5).factors(seen)
+    torch.testing.assert_close(found, losses[min(losses)])
+    assert layer_loss(seen, AWQ(steps=5, balance=True).factors(seen)) <= min(losses) * (1 + 1e-4)
+    uneven = layer_loss(seen, torch.ones(64))
+    assert min(losses) < uneven or torch.equal(found, torch.ones(64))
+
+
+def test_awq_leaves_alone_what_it_cannot_better(tiny, tmp_path):
+    """Powers of two whose scales take factors of two exactly: alpha = 0 loses nothing."""
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 33)
+    exact = torch.randint(-7, 8, (8, 32), generator=torch.Generator().manual_seed(0)).float()
+    exact[:, 0] = 7
+    seen = channels(x, [exact], LayerPlan(Spec.parse("int4 | fp32/row")))
+    assert torch.equal(AWQ().factors(seen), torch.ones(32))
+    model = loud(tiny("Llama"))
+    plain = 'layers: [{match: "*", weight: fp32}]\nignore: [lm_head]\n'
+    result = run(model, plain + "transform: awq\n", tmp_path)
+    assert not any(layer["smoothed"] for layer in result["layers"])
+    for name, tensor in load(model).state_dict().items():
+        if "norm" in name:
+            assert torch.equal(tensor, load(tmp_path / "out").state_dict()[name])
+
+
+def test_awq_needs_to_know_the_formats(tiny):
+    model = load(loud(tiny("Llama")), dtype=torch.float32)
+    with pytest.raises(UserError, match="what each linear will become"):
+        apply(model, AWQ(), TOKENS)
+    planned = {name: LayerPlan(Spec.parse("int3 | fp16/g32")) for name, _ in model.named_modules()}
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        changed = apply(model, AWQ(tokens=20), TOKENS, planned)
+        assert changed and (model(TOKENS).logits - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("leak", [False, True])

@@ -9,6 +9,7 @@ examples:
   posttrain quantize demo --recipe w6a8 -o small
   posttrain quantize meta-llama/Llama-3.2-1B --recipe w4a16 --memory-budget 2 -o llama-w4
   posttrain quantize ./my-model --recipe w4a16 --solver gptq --calibration mine.jsonl --chat -o out
+  posttrain quantize ./my-model --recipe w4a8 --transform awq --solver zq-global -o out
   posttrain recipes show w6a8 > mine.yaml; posttrain quantize demo --recipe mine.yaml -o mine
 """
 
@@ -35,12 +36,13 @@ def arguments(parser: Parser) -> None:
     add(
         "--solver",
         metavar="NAME",
-        help="how codes are chosen: rtn, mse or gptq (default: the recipe's)",
+        help="how codes are chosen: rtn, mse, gptq, adaround, zq-local or zq-global, fast to slow "
+        "(default: the recipe's)",
     )
     add(
         "--transform",
         metavar="NAME",
-        help="what makes the weights easier to quantize first: smooth, crossquant or none "
+        help="what makes the weights easier to quantize first: smooth, crossquant, awq or none "
         "(default: the recipe's)",
     )
     add_progress_option(parser)

@@ -17,11 +17,12 @@ class ActivationStore:
 
     `put` writes the next block's inputs; `advance` makes them the current ones. `snapshot` makes
     the current ones survive a crash and `restore` brings them back, whatever the budget was when
-    they were written.
+    they were written. A `reference` store, what the same samples are elsewhere, is kept in step.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, int, int], budget: int) -> None:
         self.folder, self.shape = folder, shape
+        self.reference: ActivationStore | None = None
         self.nbytes = 4 * shape[0] * shape[1] * shape[2]
         self.spilled = self.nbytes > budget
         self._parity = 0
@@ -60,6 +61,8 @@ class ActivationStore:
 
     def snapshot(self, index: int) -> str:
         """Make the inputs of block `index` durable; the returned file name restores them."""
+        if self.reference is not None:
+            self.reference.snapshot(index)  # under the same name in its own folder
         if self._memory is None:
             path = self._file(self._parity)
             with path.open("rb") as file:
@@ -74,6 +77,8 @@ class ActivationStore:
 
     def restore(self, name: str) -> bool:
         """Bring a snapshot back; False when its file is missing or has another size."""
+        if self.reference is not None and not self.reference.restore(name):
+            return False
         path = self.folder / name
         if not path.is_file() or path.stat().st_size != self.nbytes:
             return False
@@ -89,6 +94,8 @@ class ActivationStore:
 
     def forget_older(self, name: str) -> None:
         """Delete the snapshots that `name` replaces."""
+        if self.reference is not None:
+            self.reference.forget_older(name)
         for path in self.folder.glob("inputs-of-block-*.bin"):
             if path.name != name:
                 path.unlink()

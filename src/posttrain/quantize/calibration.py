@@ -1,6 +1,6 @@
 """Second moments of what each linear sees, gathered while a block runs."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +13,13 @@ from torch import nn
 class InputMoments:
     """Weighted sum of x x^T over tokens: `gram` is [in, in] float32, `tokens` sums the weights.
 
-    `memo` keeps what a solver derives from them, for the linears that share this input.
+    `memo` keeps what a solver derives from them, for the linears that share this input. `held` are
+    the moments of windows held back, which are not in `gram`.
     """
 
     gram: torch.Tensor
     tokens: float = 0
+    held: "InputMoments | None" = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -30,7 +32,8 @@ class InputMoments:
         key = ("without", *index.tolist())
         if key not in self.memo:
             gram = self.gram.index_fill(0, index, 0.0).index_fill_(1, index, 0.0)
-            self.memo[key] = InputMoments(gram, self.tokens)
+            held = None if self.held is None else self.held.without(index)
+            self.memo[key] = InputMoments(gram, self.tokens, held)
         found: InputMoments = self.memo[key]
         return found
 
@@ -59,10 +62,16 @@ class MomentCollector:
     first_token_weight: float = 1.0
     moments: dict[str, InputMoments] = field(default_factory=dict)
     owner: dict[str, str] = field(default_factory=dict)
+    _held: list[int] = field(default_factory=list)
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Collect during every forward of the block inside this context."""
+    def listening(self, held: Sequence[int] = ()) -> Iterator[None]:
+        """Collect during every forward of the block inside this context.
+
+        Args:
+            held: positions of windows in the batch that are held back, in ascending order.
+        """
+        self._held = list(held)
         seen: list[tuple[str, torch.Tensor]] = []
         handles = [
             module.register_forward_pre_hook(self._hook(name, seen))
@@ -92,9 +101,19 @@ class MomentCollector:
             self.moments[name] = InputMoments(torch.zeros(x.shape[-1], x.shape[-1]))
         prepare = self.prepare.get(name)
         x = prepare(x) if prepare else x
-        self.moments[name].add(x)
-        if x.ndim == 3:  # [batch, window, in]; a routed expert sees tokens without a position
-            self.moments[name].add(x[:, 0], self.first_token_weight - 1)
+        moments = self.moments[name]
+        if x.ndim != 3:  # a routed expert sees tokens without a position
+            moments.add(x)
+            return
+        if self._held:  # of x [batch, window, in]
+            moments.held = moments.held or InputMoments(torch.zeros_like(moments.gram))
+            self._add(moments.held, x[self._held])
+            x = x[[i for i in range(len(x)) if i not in self._held]]
+        self._add(moments, x)
+
+    def _add(self, moments: InputMoments, x: torch.Tensor) -> None:
+        moments.add(x)
+        moments.add(x[:, 0], self.first_token_weight - 1)
 
     def of(self, name: str) -> InputMoments | None:
         """Moments of the input of linear `name`; None if it never ran."""

@@ -23,6 +23,7 @@ from posttrain.models.source import Source, open_source, require_unquantized
 from posttrain.models.walk import Target, quantizable, tied_head
 from posttrain.numbers import Spec
 from posttrain.quantize.memory import GIB, Demand
+from posttrain.quantize.problem import BlockSolver, Track, untracked
 from posttrain.quantize.recipe import Calibration, QuantRecipe
 from posttrain.quantize.stream import BlockStream
 
@@ -48,6 +49,7 @@ class Job:
     budget: int
     fingerprint: str
     predicted_peak: int = 0
+    track: Track = untracked
 
     @property
     def calibrated(self) -> bool:
@@ -89,6 +91,12 @@ def prepare(
         raise UserError(
             f"recipe {settings.name}: distill needs low-rank branches to train; add "
             "`branches: [{name: lowrank, rank: 8}]` to a rule"
+        )
+    apart = any(branch.first for layer in layers.values() for branch in layer.branches)
+    if apart and isinstance(settings.solver, BlockSolver):
+        raise UserError(
+            f"recipe {settings.name}: columns of the input are set apart layer by layer; "
+            f"{settings.solver.name} solves a block at once: choose another solver, such as gptq"
         )
     if settings.sees_text:
         windows, text = _calibration_windows(source, settings.calibration, seed)
@@ -178,8 +186,10 @@ def _fingerprint(source: Source, settings: QuantRecipe, seed: int, windows: torc
 
 
 # Bytes per weight that a solve holds beside the weight itself: scaled values, codes, the
-# dequantized copy and its error for rounding; the working copy, steps and codes for GPTQ.
-SOLVE_BYTES = {"rtn": 16, "mse": 28, "gptq": 40}
+# dequantized copy and its error for rounding; the working copy, steps and codes for GPTQ; what is
+# learnt, its gradient, Adam's two moments and what is kept to go backward for the others.
+SOLVE_BYTES = {"rtn": 16, "mse": 28, "gptq": 40, "adaround": 72, "zq-local": 80, "zq-global": 64}
+BACKWARD_BYTES = 4 * 12  # per token and channel of the widest linear, kept to go backward
 ROTATED_BYTES = 4  # and of the rotated weight
 HEAD_PART = 1 << 23  # weights of an output head that are solved at a time
 HEAD_BYTES = 6  # of a head's weight in float32 and its codes
@@ -200,10 +210,18 @@ def demand(job: Job) -> Demand:
     heads = [planned.pop(name) for name in job.targets[""] if name in planned]
     running = job.calibrated
     gram = 4 * max((shape[1] ** 2 for shape in linears), default=0)
-    gram *= job.settings.solver.calibrated
+    gram *= job.settings.solver.needs_moments
     cache = 4 * job.windows.numel() * source.config.get_text_config().hidden_size
     rotated = any(layer.rotate for layer in job.layers.values())
-    solve = SOLVE_BYTES[job.settings.solver.name] + ROTATED_BYTES * rotated
+    solver = job.settings.solver
+    solve = SOLVE_BYTES[solver.name] + ROTATED_BYTES * rotated
+    searched = job.settings.transform is not None and job.settings.transform.kept > 0
+    at_once, backward = max(planned.values(), default=0), 0
+    if isinstance(solver, BlockSolver):
+        groups = job.targets.values()
+        at_once = max(sum(planned.get(name, 0) for name in group) for group in groups)
+        backward = BACKWARD_BYTES * calibration.window * widest
+        cache *= 2
     return Demand(
         outside=_kept_bytes(source, job.stream.outside)
         + HEAD_BYTES * sum(heads)
@@ -211,12 +229,12 @@ def demand(job: Job) -> Demand:
         embed=2 * sum(outside) if running else 0,
         block=4 * max(_weights(source, names) for names in blocks),
         stored=2 * max(_weights(source, names) for names in blocks),
-        solve=solve * max(planned.values(), default=0) + 10 * gram,
-        statistics=3 * gram,
+        solve=solve * at_once + 10 * gram + backward,
+        statistics=3 * gram * (1 + solver.holds_back),
         activations=cache if cache <= job.budget else 0,
         forward=4 * 6 * job.batch * calibration.window * widest if running else 0,
         distill=_distill_bytes(job),
-        allocator=CALIBRATED_KEEPS if job.settings.solver.calibrated else RTN_KEEPS,
+        allocator=CALIBRATED_KEEPS if solver.calibrated or searched else RTN_KEEPS,
     )
 
 

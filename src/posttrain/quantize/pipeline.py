@@ -4,7 +4,7 @@
         load it from disk
         transform it, function preserved                                   (recipes that say so)
         capture what its linears see, under the already quantized prefix   (calibrated solvers)
-        solve each linear, put a QuantLinear in its place
+        solve each linear, or the block at once, put a QuantLinear in its place
         run the quantized block to get the next block's inputs             (calibrated solvers)
         write its shard, record progress, let it go
 
@@ -40,14 +40,16 @@ from posttrain.models.shards import OpenFiles, read_header
 from posttrain.models.walk import Target, assign, fusion_groups
 from posttrain.numbers import QTensor, concatenated, fit_scales, qsnr
 from posttrain.quantize.activations import ActivationStore
-from posttrain.quantize.beside import compensate, set_apart
+from posttrain.quantize.beside import Fitted, compensate, set_apart
+from posttrain.quantize.blockwise import solve_block, teach
 from posttrain.quantize.calibration import InputMoments, MomentCollector
 from posttrain.quantize.distill import cached_targets, distill, teacher_targets, trained_tensors
 from posttrain.quantize.job import HEAD_PART, Job, demand, prepare, say
 from posttrain.quantize.memory import GIB, PeakMemory
-from posttrain.quantize.progress import MEASURED, Progress, finished_result, open_progress
+from posttrain.quantize.nearest import RTN
+from posttrain.quantize.problem import BlockSolver, LinearSolver, Log, Problem, held_back
+from posttrain.quantize.progress import MEASURED, Progress, finished_result, nested, open_progress
 from posttrain.quantize.recipe import load_recipe
-from posttrain.quantize.solvers import RTN, Log, Problem
 from posttrain.quantize.stream import COMPUTE_DTYPE
 from posttrain.quantize.transforms import Smoothing
 
@@ -77,8 +79,9 @@ def quantize(
         model: directory, hub id, GGUF file or "demo".
         recipe: name of a shipped recipe, or path of a YAML file.
         out: directory to write; an interrupted identical run in it is continued.
-        solver: overrides the recipe's solver ("rtn", "mse", "gptq").
-        transform: overrides the recipe's transform ("smooth", "crossquant", "none").
+        solver: overrides the recipe's solver ("rtn", "mse", "gptq", "adaround", "zq-local",
+            "zq-global").
+        transform: overrides the recipe's transform ("smooth", "crossquant", "awq", "none").
         calibration: text file or corpus name that transform and solver look at.
         samples: calibration windows.
         window: tokens per calibration window.
@@ -113,6 +116,8 @@ def quantize(
         state = open_progress(job.out, job.fingerprint, resume, overwrite)
         if state.next_block:
             say(f"resuming at block {state.next_block} of {len(job.stream.blocks)}")
+        job.track = nested if progress else job.track
+        _say_what_is_rounded(job)
         started = time.monotonic() - state.seconds
         _quantize_blocks(job, state, started, progress)
         outside = _quantize_outside(job, say)
@@ -144,9 +149,10 @@ def _quantize_blocks(job: Job, state: Progress, started: float, progress: bool) 
         file=sys.stderr,
         disable=not progress,
     )
+    log = partial(bar.write, file=sys.stderr)  # standard output is the result's
     with bar:
         for index in range(state.next_block, len(job.stream.blocks)):
-            state.layers += _quantize_block(job, index, inputs, bar.write)
+            state.layers += _quantize_block(job, index, inputs, log)
             bar.update()
             if inputs is None or inputs.spilled or time.monotonic() - saved > SNAPSHOT_SECONDS:
                 state.seconds = time.monotonic() - started
@@ -168,11 +174,19 @@ def _block_inputs(job: Job, state: Progress) -> ActivationStore | None:
     if not job.calibrated:
         return None
     shape = (*job.windows.shape, job.source.config.get_text_config().hidden_size)
-    inputs = ActivationStore(state.folder, shape, job.budget)
+    if isinstance(job.settings.solver, BlockSolver):
+        inputs = ActivationStore(state.folder, shape, job.budget // 2)
+        inputs.reference = ActivationStore(state.folder / "reference", shape, job.budget // 2)
+    else:
+        inputs = ActivationStore(state.folder, shape, job.budget)
     restored = state.activations is not None and inputs.restore(state.activations)
     if not restored:
         state.next_block, state.layers = 0, []
     job.stream.embed(job.windows, job.batch, None if restored else inputs)
+    if inputs.reference is not None and not restored:
+        for start in range(0, len(job.windows), job.batch):
+            inputs.reference.put(start, inputs.get(start, start + job.batch))
+        inputs.reference.advance()
     return inputs
 
 
@@ -183,13 +197,27 @@ def _quantize_block(
     planned = [layer for layer in job.targets[name] if layer in job.layers]
     tensors: dict[str, torch.Tensor] = {}
     records = []
-    calibrated = job.settings.solver.calibrated
+    solver, calibrated = job.settings.solver, job.settings.solver.calibrated
     with job.stream.loaded(index), _replaced(job.stream.model) as replace:
         changed = _transform(job, index, planned, inputs, log) if inputs is not None else []
-        moments = _capture(job, index, planned, inputs) if inputs is not None and calibrated else {}
+        moments: dict[str, InputMoments | None] = {}
+        if inputs is not None and solver.needs_moments:
+            moments = _capture(job, index, planned, inputs)
         shared = _shared_factors(job, planned)
+        decided: dict[str, QTensor] = {}
+        if inputs is not None and isinstance(solver, BlockSolver):
+            teach(job, index, solver, inputs)
+            problems = {
+                layer: _problem(job, layer, moments.get(layer), log, shared[layer])[0]
+                for layer in planned
+                if job.target(layer).kind == "linear"
+            }
+            decided = solve_block(job, index, solver, problems, inputs, log)
+            del problems
         for layer in planned:
-            found = _solve(job, layer, moments.get(layer), log, shared[layer])
+            found = _solve(
+                job, layer, moments.get(layer), log, shared[layer], decided.pop(layer, None)
+            )
             stored, record, qweight, branches = found
             tensors |= stored
             records.append(record | {"smoothed": f"{layer}.weight" in changed})
@@ -219,7 +247,7 @@ def _transform(
         return []
     name, block = job.stream.blocks[index]
     modules = {f"{name}.{local}": module for local, module in block.named_modules()}
-    smoothing = Smoothing(transform, job.stream.model, modules)
+    smoothing = Smoothing(transform, job.stream.model, modules, job.layers)
     sample = inputs.get(0, 1)
     for start in range(0, len(job.windows), job.batch):
         watched = start < transform.samples
@@ -246,8 +274,10 @@ def _capture(
     prepare = {name: partial(seen, layer=job.layers[name]) for name in linears}
     weight = job.settings.calibration.first_token_weight
     collector = MomentCollector(linears, prepare, weight)
+    solver = job.settings.solver
+    held = held_back(len(job.windows)) if solver.holds_back else []
     for start in range(0, len(job.windows), job.batch):
-        with collector.listening():
+        with collector.listening([i - start for i in held if 0 <= i - start < job.batch]):
             job.stream.run(index, inputs.get(start, start + job.batch))
     return {name: collector.of(name) for name in linears}
 
@@ -283,25 +313,29 @@ def _solve(
     moments: InputMoments | None,
     log: Log,
     known: dict[int, torch.Tensor] | None = None,
+    decided: QTensor | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any], QTensor, list[nn.Module]]:
-    """Tensors to store, the record of the layer, its quantized weight and its branches."""
+    """Tensors to store, the record of the layer, its quantized weight and its branches.
+
+    `decided` is that weight where it was solved with its block.
+    """
     begun = time.monotonic()
     target, layer = job.target(name), job.layers[name]
-    solver = job.settings.solver
-    if solver.calibrated and target.kind != "linear":
-        # A router decides which tokens an expert sees; its second moments are not gathered.
-        solver = RTN()
-    weight = _weight(job, name)
-    apart, rest, moments = set_apart(layer, weight, moments)
+    solver = job.settings.solver if decided is not None else _solver_of(job, target)
+    problem, apart = _problem(job, name, moments, log, known)
+    weight = problem.weight
 
     def solve(part: torch.Tensor) -> QTensor:
-        problem = Problem(part, job.spec(name), moments, known or {})
-        return solver.solve(replace(problem, log=lambda text: log(f"{name}: {text}")))
+        assert isinstance(solver, LinearSolver)
+        return solver.solve(replace(problem, weight=part))
 
     head = name in job.targets[""] and job.spec(name).by_rows
-    qweight = concatenated(map(solve, _row_parts(rest))) if head else solve(rest)
+    if decided is not None:
+        qweight = decided
+    else:
+        qweight = concatenated(map(solve, _row_parts(weight))) if head else solve(weight)
     decoded = qweight.dequantize()
-    branches = compensate(layer, rest - decoded, apart) if layer.branches else []
+    branches = compensate(layer, weight - decoded, apart) if layer.branches else []
     bias = _bias(job.stream.model, target)
     stored = job.writer.module_tensors(name, qweight, bias, branches)
     beside = sum(t.nbytes for branch in branches for t in branch.state_dict().values())
@@ -314,11 +348,50 @@ def _solve(
         "outliers": layer.outliers,
         "solver": solver.name,
         "branches": list(map(branch_dict, layer.branches)),
-        "qsnr": round(qsnr(rest, decoded), 4),
+        "qsnr": round(qsnr(weight, decoded), 4),
         "bits_per_weight": 8 * (qweight.nbytes + beside) / weight.numel(),
         "seconds": time.monotonic() - begun,
     }
     return stored, record, qweight, branches
+
+
+def _problem(
+    job: Job,
+    name: str,
+    moments: InputMoments | None,
+    log: Log,
+    known: dict[int, torch.Tensor] | None = None,
+) -> tuple[Problem, Fitted]:
+    """What a solver is to do for a layer, and the branches that took their part of it before."""
+    apart, weight, moments = set_apart(job.layers[name], _weight(job, name), moments)
+    problem = Problem(
+        weight,
+        job.spec(name),
+        moments,
+        known or {},
+        log=lambda text: log(f"{name}: {text}"),
+        track=job.track,
+    )
+    return problem, apart
+
+
+def _solver_of(job: Job, target: Target) -> LinearSolver:
+    """What decides a layer that is solved by itself."""
+    solver = job.settings.solver
+    if solver.calibrated and target.kind != "linear":
+        # A router decides which tokens an expert sees; its second moments are not gathered.
+        return RTN()
+    return solver.first if isinstance(solver, BlockSolver) else solver
+
+
+def _say_what_is_rounded(job: Job) -> None:
+    solver = job.settings.solver
+    experts = [name for name in job.layers if job.target(name).kind != "linear"]
+    if solver.calibrated and experts:
+        say(
+            f"{len(experts)} layers of experts are rounded to nearest: {solver.name} would have to "
+            "know which tokens a router sends to each"
+        )
 
 
 def _row_parts(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -2,9 +2,13 @@
 
 import json
 import shutil
+import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from posttrain.errors import UserError
 from posttrain.models.checkpoint import PARTS, write_json
@@ -13,6 +17,15 @@ from posttrain.models.directory import MARKER
 FOLDER = ".posttrain-progress"
 RESULT = "posttrain.json"
 MEASURED = "measured.json"
+LONG = 3.0  # seconds after which a solve shows how far it is
+
+
+def nested(steps: range, what: str) -> Iterable[int]:
+    """Go through the steps of one solve, with a bar under that of the blocks if it takes long."""
+    bar: Iterable[int] = tqdm(
+        steps, desc=what, unit="step", leave=False, position=1, delay=LONG, file=sys.stderr
+    )
+    return bar
 
 
 @dataclass

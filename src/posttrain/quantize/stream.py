@@ -94,6 +94,10 @@ class BlockStream:
     @torch.no_grad()
     def run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Output of block `index` (loaded) for inputs `hidden` [batch, window, hidden]."""
+        return self.forward(index, hidden)
+
+    def forward(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """`run`, with gradients where they are enabled."""
         args, kwargs = self._call[hidden.shape[0]][index]
         output = self.blocks[index][1](hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output

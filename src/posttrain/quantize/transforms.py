@@ -14,6 +14,8 @@ into the input of its down projection. Transforms differ in the d they take:
                 absmax(x) in place of rms(x); a few massive tokens would dictate it.
     crossquant  d = absmax(x)^(1 - alpha), the column factor of CrossQuant (Liu et al. 2024,
                 arXiv:2410.07505) made static, so that an integer product can use it.
+    awq         d = mean|x|^alpha with the alpha in [0, 1] that loses least of the outputs once
+                quantized: see `awq`.
     Outliers    d = 1/factor on a few channels: what large models have and small ones lack. For
                 experiments only; no recipe asks for it.
 
@@ -21,7 +23,7 @@ A norm's weight is divided in the precision it is stored in, and d is what came 
 stored model is exactly the one that was measured.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -30,7 +32,9 @@ import torch
 from torch import nn
 
 from posttrain.errors import UserError, did_you_mean
+from posttrain.models.plan import LayerPlan
 from posttrain.models.walk import decoder_blocks, quantizable
+from posttrain.quantize.awq import AWQ
 
 # Leaf names (a, b) where b reads act(...) * a(...): dividing the rows of a divides the input of b.
 GATED_LEAVES = (("up_proj", "down_proj"), ("w3", "w2"))
@@ -40,11 +44,17 @@ TOLERANCE = 1e-3  # relative change of a block's output that float32 arithmetic 
 @dataclass(frozen=True)
 class Channels:
     """What is known of each input channel [in] of linears that share their input: over calibration
-    tokens its root mean square and largest magnitude, over rows of the weights the latter."""
+    tokens its root mean square, largest and mean magnitude, over rows of the weights the second.
+
+    inputs: some of the tokens, [tokens, in]. consumers: weight [out, in] and plan of each linear.
+    """
 
     rms: torch.Tensor
     absmax: torch.Tensor
     weight_absmax: torch.Tensor
+    mean: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    inputs: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    consumers: tuple[tuple[torch.Tensor, LayerPlan], ...] = ()
 
 
 class Transform(Protocol):
@@ -56,6 +66,10 @@ class Transform(Protocol):
     def samples(self) -> int:
         """Calibration windows it looks at, rounded up to whole batches (at most what the recipe
         draws)."""
+
+    @property
+    def kept(self) -> int:
+        """Tokens of each of them that `Channels.inputs` should hold."""
 
     def factors(self, seen: Channels) -> torch.Tensor:
         """d [in], positive."""
@@ -71,6 +85,7 @@ class Smooth:
     """
 
     name: ClassVar[str] = "smooth"
+    kept: ClassVar[int] = 0
     alpha: float = 0.5
     samples: int = 16
 
@@ -92,6 +107,7 @@ class CrossQuant:
     """
 
     name: ClassVar[str] = "crossquant"
+    kept: ClassVar[int] = 0
     alpha: float = 0.15
     samples: int = 16
 
@@ -112,6 +128,7 @@ class Outliers:
     """
 
     name: ClassVar[str] = "outliers"
+    kept: ClassVar[int] = 0
     factor: float = 20.0
     count: int = 2
     samples: int = 1
@@ -143,7 +160,7 @@ def _log(x: torch.Tensor) -> torch.Tensor:
     return x.clamp_min(1e-5 * float(x.mean()) or 1.0).log()
 
 
-TRANSFORMS: dict[str, type[Any]] = {cls.name: cls for cls in (Smooth, CrossQuant)}
+TRANSFORMS: dict[str, type[Any]] = {cls.name: cls for cls in (Smooth, CrossQuant, AWQ)}
 
 
 def make_transform(name: str, **options: Any) -> Transform:
@@ -165,15 +182,29 @@ class Fold:
     """What changes together: `producer` is divided by d, the columns of `consumers` multiplied.
 
     producer: full name of a norm, or of a linear whose rows are divided.
-    energy, absmax: sum of squares, and largest magnitude, of each channel that the consumers read,
-        over `tokens` tokens.
+    energy, absmax, total: sum of squares, largest magnitude and sum of magnitudes of each channel
+        that the consumers read, over `tokens` tokens.
+    inputs: some of these, [.., in] each.
     """
 
     producer: str
     consumers: list[str]
     energy: torch.Tensor
     absmax: torch.Tensor
+    total: torch.Tensor
     tokens: int = 0
+    inputs: list[torch.Tensor] = field(default_factory=list)
+
+    def see(self, x: torch.Tensor, kept: int) -> None:
+        """Count x [batch, window, in], or [tokens, in]; keep `kept` tokens of each window."""
+        rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
+        self.energy += rows.square().sum(0)
+        self.absmax = torch.maximum(self.absmax, rows.abs().amax(0))
+        self.total += rows.abs().sum(0)
+        self.tokens += rows.shape[0]
+        if kept:
+            some = x[..., :: max(1, x.shape[-2] // kept), :]
+            self.inputs.append(some.reshape(-1, x.shape[-1]).to(torch.float32, copy=True))
 
     def parameters(self, model: nn.Module) -> list[str]:
         """Full names of the parameters it changes."""
@@ -192,6 +223,7 @@ class Smoothing:
     transform: Transform
     model: nn.Module
     modules: dict[str, nn.Module]
+    layers: Mapping[str, LayerPlan] = field(default_factory=dict)
     folds: dict[str, Fold] = field(default_factory=dict)  # by producer
     _of: dict[str, Fold | None] = field(default_factory=dict)  # by consumer
     _made: dict[str, torch.Tensor] = field(default_factory=dict)  # by norm, in the first forward
@@ -225,10 +257,7 @@ class Smoothing:
                 self._of[name] = self._fold_of(name, x)
             fold = self._of[name]
             if fold is not None and fold.consumers[0] == name:
-                rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
-                fold.energy += rows.square().sum(0)
-                fold.absmax = torch.maximum(fold.absmax, rows.abs().amax(0))
-                fold.tokens += rows.shape[0]
+                fold.see(x, self.transform.kept)
 
         return hook
 
@@ -238,7 +267,9 @@ class Smoothing:
         if producer is None:
             return None
         silent = torch.zeros(x.shape[-1])
-        fold = self.folds.setdefault(producer, Fold(producer, [], silent, silent.clone()))
+        fold = self.folds.setdefault(
+            producer, Fold(producer, [], silent, silent.clone(), silent.clone())
+        )
         fold.consumers.append(consumer)
         return fold
 
@@ -266,12 +297,18 @@ class Smoothing:
             log: where a fold that had to be undone is named.
         """
         ready = [fold for fold in self.folds.values() if self._allowed(fold, set(planned))]
+        chosen = {fold.producer: self._factors(fold) for fold in ready}
+        ready = [fold for fold in ready if (chosen[fold.producer] != 1).any()]
         reference = output()
-        undo = [self._apply(fold, stored) for fold in ready]
+
+        def apply(fold: Fold) -> Callable[[], None]:
+            return self._apply(fold, chosen[fold.producer], stored)
+
+        undo = [apply(fold) for fold in ready]
         if ready and not _same(output(), reference):
             for revert in reversed(undo):
                 revert()
-            ready = [fold for fold in ready if self._keeps(fold, stored, output, reference, log)]
+            ready = [fold for fold in ready if self._keeps(fold, apply, output, reference, log)]
         return [name for fold in ready for name in fold.parameters(self.model)]
 
     def _allowed(self, fold: Fold, planned: set[str]) -> bool:
@@ -285,24 +322,37 @@ class Smoothing:
     def _keeps(
         self,
         fold: Fold,
-        stored: Callable[[str], torch.dtype],
+        apply: Callable[[Fold], Callable[[], None]],
         output: Callable[[], torch.Tensor],
         reference: torch.Tensor,
         log: Callable[[str], None],
     ) -> bool:
-        revert = self._apply(fold, stored)
+        revert = apply(fold)
         kept = _same(output(), reference)
         if not kept:
             revert()
             log(f"{fold.producer}: not transformed, something besides linears reads its output")
         return kept
 
-    def _apply(self, fold: Fold, stored: Callable[[str], torch.dtype]) -> Callable[[], None]:
+    def _factors(self, fold: Fold) -> torch.Tensor:
+        linears: list[Any] = [self.model.get_submodule(name) for name in fold.consumers]
+        weights = [linear.weight.detach() for linear in linears]
+        plans = [self.layers.get(name, LayerPlan(None)) for name in fold.consumers]
+        channels = Channels(
+            rms=(fold.energy / fold.tokens).sqrt(),
+            absmax=fold.absmax,
+            weight_absmax=torch.stack([weight.abs().amax(0) for weight in weights]).amax(0),
+            mean=fold.total / fold.tokens,
+            inputs=torch.cat(fold.inputs) if fold.inputs else torch.empty(0),
+            consumers=tuple(zip(weights, plans, strict=True)),
+        )
+        return self.transform.factors(channels)
+
+    def _apply(
+        self, fold: Fold, d: torch.Tensor, stored: Callable[[str], torch.dtype]
+    ) -> Callable[[], None]:
         """Fold once; the returned function takes it back."""
         linears: list[Any] = [self.model.get_submodule(name) for name in fold.consumers]
-        absmax = torch.stack([linear.weight.abs().amax(0) for linear in linears]).amax(0)
-        rms = (fold.energy / fold.tokens).sqrt()
-        d = self.transform.factors(Channels(rms, fold.absmax, absmax))
         producer: Any = self.model.get_submodule(fold.producer)
         before = producer.weight.data, producer.bias.data if _has_bias(producer) else None
         if isinstance(producer, nn.Linear):
@@ -326,14 +376,20 @@ class Smoothing:
 
 
 @torch.no_grad()
-def apply(model: Any, transform: Transform, tokens: torch.Tensor) -> list[str]:
+def apply(
+    model: Any,
+    transform: Transform,
+    tokens: torch.Tensor,
+    layers: Mapping[str, LayerPlan] | None = None,
+) -> list[str]:
     """Transform all decoder blocks of a model in memory, as seen on `tokens` [windows, window].
 
+    layers: what each linear will become, for transforms that search by it.
     Returns the full names of the parameters that changed. Raises UserError where the model's
     logits would change with them.
     """
     planned = [name for block in decoder_blocks(model) for name in quantizable(*block)]
-    smoothing = Smoothing(transform, model, dict(model.named_modules()))
+    smoothing = Smoothing(transform, model, dict(model.named_modules()), layers or {})
     with smoothing.watching():
         model(input_ids=tokens, use_cache=False)
 
