@@ -179,7 +179,6 @@ def test_the_measurement_is_the_divergence_with_one_operand_changed():
         assert found[0]["predicted_loss"] == pytest.approx(expected, rel=1e-3)
         assert expected > 1e-4
         wanted = text[:, 1:, None]
-        before, after = (-x.gather(-1, wanted).mean().exp() for x in (log_p, log_q))
         rise = float(
             (-log_q.gather(-1, wanted).mean()).exp() - (-log_p.gather(-1, wanted).mean()).exp()
         )
@@ -252,7 +251,9 @@ def shards(folder: Path) -> list[bytes]:
 
 def test_the_budget_is_kept_and_the_prediction_of_the_size_is_exact(found):
     result, out = found
-    assert 4.9 < result["bits_per_weight"] <= 5.0
+    assert (
+        4.5 < result["bits_per_weight"] <= 5.0
+    )  # the head, nearly all of it, moves by a whole bit
     assert result["search"]["predicted_bytes"] == result["bytes"]
     assert result["search"]["predicted_bits_per_weight"] == result["bits_per_weight"]
     stored = json.loads((out / "posttrain.json").read_text())
@@ -362,8 +363,8 @@ def test_the_scan_alone_speaks_of_weights_and_inputs(model, recipe):
         ({"bits": 5.0, "scan": "exat"}, "did you mean 'exact'"),
         ({"bits": 5.0, "candidates": "int6 | fp16/q64"}, "candidates: unknown partition"),
         ({"bits": 5.0, "candidates": " , "}, "names no format"),
-        ({"bits": 2.0}, "from 3.6. to 8.6. bits per weight"),
-        ({"bits": 9.0}, "from 3.6. to 8.6. bits per weight"),
+        ({"bits": 2.0}, "from 3.51 to 8.50 bits per weight"),
+        ({"bits": 9.0}, "from 3.51 to 8.50 bits per weight"),
         ({"max_bytes": 1000}, "bytes cannot be met"),
         ({"bits": 5.0, "recipe": "mxfp4"}, "no other widths"),
     ],

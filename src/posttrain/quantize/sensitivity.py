@@ -66,7 +66,7 @@ class Group:
     def label(self) -> str:
         """The name of the group: `model.layers.0.self_attn.q_proj+k_proj+v_proj`."""
         parent, _, _ = self.names[0].rpartition(".")
-        leaves = "+".join(name.rpartition(".")[2] for name in self.names)
+        leaves = "+".join(dict.fromkeys(name.rpartition(".")[2] for name in self.names))
         return f"{parent}.{leaves}" if parent else leaves
 
     @property
