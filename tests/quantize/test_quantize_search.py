@@ -16,6 +16,7 @@ from posttrain.cli import main
 from posttrain.errors import UserError
 from posttrain.models.load import load
 from posttrain.models.plan import LayerPlan
+from posttrain.models.rotation import rotate as rotated
 from posttrain.models.walk import decoder_blocks, fusion_groups, quantizable
 from posttrain.numbers import fake_quantize, spec
 from posttrain.papers.lab import rank_correlation
@@ -145,6 +146,22 @@ def test_the_estimate_ranks_and_sizes_like_the_measurement(rotate):
     assert rank_correlation(*zip(*fine, strict=True)) > 0.6  # also among layers of one format
     assert all(row["class"] is None for row in cheap)
     assert all(row["class"] in ("I", "II", "III") for row in exact)
+
+
+@pytest.mark.parametrize("method", ["cheap", "exact"])
+def test_a_rotated_layer_is_a_plain_one_between_rotated_inputs_and_weights(method):
+    """A model that rotates by itself, scanned as it is, gives the same rows."""
+    rotating, plain = scanner("llama", rotate=True), scanner("llama")
+    for group in plain.groups:
+        for name in group.names:
+            module = plain.model.get_submodule(name)
+            module.weight.data = rotated(module.weight.data)
+            module.register_forward_pre_hook(lambda module, args: (rotated(args[0]), *args[1:]))
+    found, expected = (getattr(s, method)(tokens(2, 24)) for s in (rotating, plain))
+    for a, b in zip(found, expected, strict=True):
+        assert a["predicted_loss"] == pytest.approx(b["predicted_loss"], rel=0.1, abs=1e-6), a[
+            "group"
+        ]  # a code may flip
 
 
 def test_the_measurement_is_the_divergence_with_one_operand_changed():
