@@ -48,6 +48,12 @@ PLUMBING = [
         },
     ),
     (
+        "quantize m -o o --bits 5.5 --scan exact --candidates 'mxfp4, w6g64'",
+        "quantize",
+        {"bits": 5.5, "max_bytes": None, "scan": "exact", "candidates": "mxfp4, w6g64"},
+    ),
+    ("quantize m -o o --max-bytes 9.5MB", "quantize", {"bits": None, "max_bytes": 9_500_000}),
+    (
         "evaluate m",
         "evaluate",
         {

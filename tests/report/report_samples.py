@@ -226,6 +226,26 @@ def experts() -> dict[str, Any]:
     return data
 
 
+def searched(blocks: int = 30) -> dict[str, Any]:
+    """A plan that was found for a budget, with an output head outside the blocks."""
+    data, rng = comparison(blocks=blocks), random.Random(5)
+    kinds = ("self_attn.q_proj+k_proj+v_proj", "self_attn.o_proj", "mlp.gate_proj+up_proj",
+             "mlp.down_proj")  # fmt: skip
+    groups = [f"model.layers.{block}.{kind}" for block in range(blocks) for kind in kinds]
+    data["models"][1]["search"] = {
+        "scan": "cheap",
+        "predicted_loss": 0.0123,
+        "predicted_bits_per_weight": 6.98,
+        "groups": [
+            {"group": group, "layers": [group], "weight": "int6 | fp16/g64",
+             "bits": rng.choice((5.25, 6.25, 7.25, 8.25)), "predicted_loss": rng.random() / 5000,
+             "class": None}
+            for group in [*groups, "lm_head"]
+        ],
+    }  # fmt: skip
+    return data
+
+
 def crowded() -> dict[str, Any]:
     """Nine models of nearly the same size and loss."""
     rows = [(f"build/demo-variant-{i}", 4.25 + 0.02 * i, 0.05 + 0.001 * (i % 3), 0.01, 0.05, 0.9, 20.0)
@@ -241,4 +261,5 @@ CASES = {
     "tiny": tiny,
     "experts": experts,
     "crowded": crowded,
+    "searched": searched,
 }

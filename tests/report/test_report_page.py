@@ -6,7 +6,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from report_samples import comparison
+from report_samples import comparison, searched
 
 from posttrain.errors import UserError
 from posttrain.report import render_report
@@ -90,6 +90,27 @@ def test_layers_are_there_with_either_of_their_parts():
     assert "layers" not in page(data).sections
 
 
+def test_a_searched_plan_is_shown_with_every_group_and_only_where_there_is_one():
+    data = searched(blocks=3)
+    found, plain = page(data), page(comparison(blocks=3))
+    search = data["models"][1]["search"]
+    for group in search["groups"][:-1]:
+        block, kind = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", group["group"]).groups()
+        said = re.escape(f"block {block}, {kind}\n{group['bits']} bits\n")
+        losses = re.findall(said + r"predicted loss ([0-9.]+) nats", found.text)
+        assert len(losses) == 2  # for a page and for a phone
+        assert float(losses[0]) == pytest.approx(group["predicted_loss"], rel=0.06)
+    assert "0.0123 nats a token at 6.98 bits per weight" in found.text
+    assert f"lm_head got {search['groups'][-1]['bits']} bits" in found.text
+    for block in range(3):
+        own = sum(g["predicted_loss"] for g in search["groups"][4 * block : 4 * block + 4])
+        bars = [float(x) for x in re.findall(rf"block {block}\n([0-9.]+) nats", found.text)]
+        assert pytest.approx(own, rel=0.06) in bars
+    assert "searched" not in plain.text and "predicted loss" not in plain.text
+    del data["models"][1]["layers"], data["models"][1]["block_sensitivity"]
+    assert "layers" in page(data).sections
+
+
 def test_least_data_makes_a_page():
     models = [{"model": "a", "nll": 2.0, "perplexity": 7.4, "tokens": 100}]
     assert page({"models": models, "pairs": []}).sections == ["verdict", "summary", "method"]
@@ -113,7 +134,7 @@ REQUIRED = re.compile(
     r"models|models/\d+(/(model|nll|perplexity|tokens))?|pairs/\d+(/(a|b|"
     r"delta_nll))?|position_nll/models/.*/\d+"
 )
-SMALLEST = comparison(1, blocks=2)
+SMALLEST = searched(blocks=2)
 
 
 @pytest.mark.parametrize(

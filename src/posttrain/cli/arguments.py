@@ -116,6 +116,17 @@ def factor(text: str) -> float:
     return value
 
 
+SIZES = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "b": 1}
+
+
+def byte_count(text: str) -> int:
+    """A number of bytes: `95000000`, `95MB` or `3.5 GB`, in decimal units."""
+    unit = next((unit for unit in SIZES if text.lower().endswith(unit)), "")
+    size = SIZES.get(unit, 1)
+    number = text[: len(text) - len(unit)]
+    return int(size * _number(number, float, 1 / size, "a size such as 95MB or 3.5GB"))
+
+
 def _number(text: str, kind: Callable[[str], Any], least: float, wanted: str) -> Any:
     try:
         value = kind(text)

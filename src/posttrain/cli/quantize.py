@@ -5,19 +5,37 @@ writes a Hugging Face directory. `transformers` loads it after `import posttrain
 compressed-tensors can read (w8a8-portable, the 4-bit recipes but nf4) loads without. Killed at any
 moment, the same command continues where it was and ends with the same bytes.
 
+With a budget, --bits or --max-bytes, every layer gets the precision that pays most for its bytes: a
+scan predicts what each layer loses in each format, and the plan with the least summed loss is used.
+It is also written to DIR/recipe.yaml, to use again. The scan needs the whole model in memory, with
+its squared gradients (8 bytes for every weight, and what one window of text leaves behind).
+
 examples:
   posttrain quantize demo --recipe w6a8 -o small
   posttrain quantize meta-llama/Llama-3.2-1B --recipe w4a16 --memory-budget 2 -o llama-w4
   posttrain quantize ./my-model --recipe w4a16 --solver gptq --calibration mine.jsonl --chat -o out
   posttrain quantize ./my-model --recipe w4a8 --transform awq --solver zq-global -o out
   posttrain recipes show w6a8 > mine.yaml; posttrain quantize demo --recipe mine.yaml -o mine
+  posttrain quantize demo --recipe w6a8 --bits 7 -o small7
 """
 
 import argparse
 import statistics
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
-from posttrain.cli.arguments import Parser, add_progress_option, count, options, positive, whole
+from posttrain.cli.arguments import (
+    Parser,
+    add_progress_option,
+    byte_count,
+    count,
+    factor,
+    one_of,
+    options,
+    positive,
+    whole,
+)
 from posttrain.cli.output import bytes_text, facts, notes, number, seconds_text
 
 RESUME = "run the same command again to continue where it stopped"
@@ -46,6 +64,31 @@ def arguments(parser: Parser) -> None:
         "(default: the recipe's)",
     )
     add_progress_option(parser)
+    group = parser.add_argument_group("budget: find the formats of the weights")
+    add = group.add_argument
+    add(
+        "--bits",
+        metavar="N",
+        type=factor,
+        help="bits per weight over the whole model, as the result states them: what is not "
+        "quantized, and scales, included",
+    )
+    add(
+        "--max-bytes", metavar="SIZE", type=byte_count, help="or bytes of all tensors, such as 95MB"
+    )
+    add(
+        "--scan",
+        metavar="HOW",
+        type=one_of("cheap", "exact"),
+        help="cheap: an estimate from gradients over four windows of the calibration text; exact: "
+        "quantize one layer after the other and measure, many times slower (default: cheap)",
+    )
+    add(
+        "--candidates",
+        metavar="FORMATS",
+        help="number formats to choose from, separated by commas (default: the recipe's at 3 to 8 "
+        "bits)",
+    )
     group = parser.add_argument_group(
         "calibration text, for transforms and solvers that look at activations"
     )
@@ -99,7 +142,21 @@ def show(result: dict[str, Any]) -> str:
         ("time", seconds_text(result["seconds"])),
         ("peak memory", f"{bytes_text(peak)} (predicted {bytes_text(predicted)})"),
     ]
+    if result.get("search"):
+        lines[1:1] = found(result["search"], result["out"])
     return "\n".join([facts(f"wrote {result['out']}", lines), *notes(result)])
+
+
+def found(search: dict[str, Any], out: str) -> list[tuple[str, str]]:
+    """What a search found: the predicted loss, and how many layers of each kind got which bits."""
+    lines = [("predicted loss", f"{number(search['predicted_loss'])} nats a token by the search")]
+    kinds: dict[str, Counter[float]] = {}
+    for group in search["groups"]:
+        kinds.setdefault(group["group"].rpartition(".")[2], Counter())[group["bits"]] += 1
+    for kind, bits in kinds.items():
+        shown = [f"{times} x {number(width, 2)}" for width, times in sorted(bits.items())]
+        lines.append((kind.replace("_proj", ""), f"{', '.join(shown)} bits"))
+    return [*lines, ("plan", f"{Path(out) / 'recipe.yaml'}, to use with --recipe")]
 
 
 def quality(layers: list[dict[str, Any]]) -> str:

@@ -184,7 +184,8 @@ class _Comparison:
 
 def _from_report(report: dict[str, Any]) -> dict[str, Any]:
     """What ``quantize`` wrote beside the checkpoint, as far as a comparison shows it."""
-    found: dict[str, Any] = {key: report[key] for key in ("layers", "recipe") if key in report}
+    kept = ("layers", "recipe", "search")
+    found: dict[str, Any] = {key: report[key] for key in kept if key in report}
     if isinstance(found.get("recipe"), dict):  # the whole recipe; its name is enough here
         found["recipe"] = found["recipe"].get("name")
     return found

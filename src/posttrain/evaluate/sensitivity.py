@@ -6,7 +6,7 @@ before i give what they gave in the reference itself, so their outputs are recor
 replayed: only the suffix is computed, which halves the work.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +14,10 @@ import torch
 
 from posttrain.errors import UserError
 from posttrain.evaluate.divergence import FullTarget
-from posttrain.evaluate.score import Scorer
+from posttrain.evaluate.score import Scorer, Scores
 from posttrain.evaluate.windows import Batch, Windows
 from posttrain.lm.engine import TorchEngine
+from posttrain.models.walk import decoder_blocks
 
 WINDOWS, WINDOW = 2, 256
 
@@ -31,27 +32,48 @@ def block_sensitivity(
     """
     from tqdm import tqdm
 
-    from posttrain.models.walk import decoder_blocks
-
     blocks, changed = decoder_blocks(reference), dict(decoder_blocks(model))
     if [name for name, _ in blocks] != list(changed):
         raise UserError(
             f"sensitivity needs the same blocks in both models, found {len(blocks)} in the "
             f"reference and {len(changed)} in the other"
         )
-    batch = Batch(0, len(windows), 1)
-    runner = TorchEngine(reference)  # one engine for all: only blocks may make a difference
-    recorder = Scorer(reference, "the reference", windows, runner=runner)
-    with _recorded(blocks) as outputs:
-        targets = recorder(batch, keep=FullTarget)
+    recorded = Recorded(reference, windows)
     found = []
     for i, (name, _) in enumerate(tqdm(blocks, desc="sensitivity", disable=not progress)):
-        swaps = {before: _Replay(block, outputs[before]) for before, block in blocks[:i]}
-        scorer = Scorer(reference, f"block {name}", windows, against=True, runner=runner)
-        with _swapped(reference, swaps | {name: changed[name]}):
-            scorer(batch, targets)
-        found.append({"block": name, "kl": float(scorer.scores().parts()["kl"].double().mean())})
+        with _swapped(reference, {name: changed[name]}):
+            parts = recorded.against(f"block {name}", first=i).parts()
+        found.append({"block": name, "kl": float(parts["kl"].double().mean())})
     return found
+
+
+class Recorded:
+    """What ``reference`` says of all windows, and what each of its blocks gave on the way.
+
+    Its weights or blocks may then be changed, and put back, to see by how much that moves what it
+    says; blocks before the first that changes are not computed again.
+    """
+
+    def __init__(self, reference: torch.nn.Module, windows: Windows) -> None:
+        self._model, self._windows = reference, windows
+        self._batch = Batch(0, len(windows), 1)
+        # One engine for all: only what is changed may make a difference.
+        self._runner = TorchEngine(reference)
+        self._blocks = decoder_blocks(reference)
+        scorer = Scorer(reference, "the reference", windows, runner=self._runner)
+        with _recorded(self._blocks) as self._outputs:
+            self._targets = scorer(self._batch, keep=FullTarget)
+        self.scores = scorer.scores()
+
+    def against(self, name: str, first: int = 0) -> Scores:
+        """Scores of the model as it is now, against what it said before. ``name``: for errors.
+        ``first``: the first block that is not what it was; those before give what they gave."""
+        known = {before: _Replay(block, self._outputs[before])
+                 for before, block in self._blocks[:first]}  # fmt: skip
+        scorer = Scorer(self._model, name, self._windows, against=True, runner=self._runner)
+        with _swapped(self._model, known):
+            scorer(self._batch, self._targets)
+        return scorer.scores()
 
 
 class _Replay(torch.nn.Module):
@@ -90,7 +112,7 @@ def _recorded(blocks: list[tuple[str, torch.nn.Module]]) -> Iterator[dict[str, A
 
 
 @contextmanager
-def _swapped(model: torch.nn.Module, swaps: dict[str, torch.nn.Module]) -> Iterator[None]:
+def _swapped(model: torch.nn.Module, swaps: Mapping[str, torch.nn.Module]) -> Iterator[None]:
     originals = {name: model.get_submodule(name) for name in swaps}
     try:
         for name, module in swaps.items():

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from posttrain.numbers import Spec
 from posttrain.quantize.memory import GIB, Demand
 from posttrain.quantize.problem import BlockSolver, Track, untracked
 from posttrain.quantize.recipe import Calibration, QuantRecipe
+from posttrain.quantize.search import Search
+from posttrain.quantize.sensitivity import stored_shape
 from posttrain.quantize.stream import BlockStream
 
 BATCH_TOKENS = 4096  # per forward of a block: enough to keep two cores busy
@@ -48,6 +50,8 @@ class Job:
     text: dict[str, Any] | None  # identity of the calibration text
     budget: int
     fingerprint: str
+    search: Search | None = None  # a budget to find the plan by
+    scanned: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # token ids it looks at
     predicted_peak: int = 0
     track: Track = untracked
 
@@ -70,9 +74,26 @@ class Job:
     def target(self, name: str) -> Target:
         return next(group[name] for group in self.targets.values() if name in group)
 
+    @property
+    def flat(self) -> dict[str, Target]:
+        """All targets by name."""
+        return {name: target for group in self.targets.values() for name, target in group.items()}
+
+    def replanned(self, settings: QuantRecipe) -> "Job":
+        """The same run by a recipe with another plan for the same layers."""
+        layers = settings.plan.resolve(self.flat)
+        old = self.writer
+        writer = CheckpointWriter(self.out, self.source, layers, old.shapes, old.n_shards)
+        return replace(self, settings=settings, layers=layers, writer=writer)
+
 
 def prepare(
-    model: str, settings: QuantRecipe, out: Path, seed: int, memory_budget: float | None
+    model: str,
+    settings: QuantRecipe,
+    out: Path,
+    seed: int,
+    memory_budget: float | None,
+    search: Search | None = None,
 ) -> Job:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a directory to write to")
@@ -86,7 +107,6 @@ def prepare(
     for pattern in settings.plan.idle_patterns(flat):
         if pattern not in TIED_WITH_EMBEDDING:
             say(f"{pattern!r} in the recipe matches no layer of this model")
-    windows, text = torch.empty(0, settings.calibration.window, dtype=torch.long), None
     if settings.distill is not None and not any(map(_trainable, layers.values())):
         raise UserError(
             f"recipe {settings.name}: distill needs low-rank branches to train; add "
@@ -98,9 +118,11 @@ def prepare(
             f"recipe {settings.name}: columns of the input are set apart layer by layer; "
             f"{settings.solver.name} solves a block at once: choose another solver, such as gptq"
         )
-    if settings.sees_text:
-        windows, text = _calibration_windows(source, settings.calibration, seed)
-    shapes = {name: _stored_shape(target) for name, target in flat.items()}
+    nothing = torch.empty(0, settings.calibration.window, dtype=torch.long)
+    seen, text = nothing, None
+    if settings.sees_text or search is not None:
+        seen, text = calibration_windows(source, settings.calibration, seed)
+    shapes = {name: stored_shape(target) for name, target in flat.items()}
     return Job(
         model=model,
         settings=settings,
@@ -111,10 +133,12 @@ def prepare(
         targets=targets,
         layers=layers,
         writer=CheckpointWriter(out, source, layers, shapes, len(stream.blocks) + 1),
-        windows=windows,
+        windows=seen if settings.sees_text else nothing,
         text=text,
         budget=_activation_budget(memory_budget),
-        fingerprint=_fingerprint(source, settings, seed, windows),
+        fingerprint=_fingerprint(source, settings, seed, seen, search),
+        search=search,
+        scanned=nothing if search is None else seen,
     )
 
 
@@ -140,14 +164,14 @@ def _outside_targets(stream: BlockStream, plan: Plan) -> dict[str, Target]:
     return found
 
 
-def _calibration_windows(
+def calibration_windows(
     source: Source, settings: Calibration, seed: int
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     text = load_text(settings.text, split="calibration")
     try:
         tokenizer = source.tokenizer()
     except UserError as error:
-        fix = "add it, or look at no text with --solver rtn --transform none"
+        fix = "add it, or look at no text with --solver rtn --transform none, without a budget"
         raise UserError(f"{error}; {fix}") from None
     windows = token_windows(text, tokenizer, settings.window, chat=settings.chat)
     if len(windows) < settings.samples:
@@ -168,13 +192,21 @@ def _activation_budget(gib: float | None) -> int:
     return int(gib * GIB) if gib is not None else psutil.virtual_memory().available // 4
 
 
-def _fingerprint(source: Source, settings: QuantRecipe, seed: int, windows: torch.Tensor) -> str:
+def _fingerprint(
+    source: Source,
+    settings: QuantRecipe,
+    seed: int,
+    windows: torch.Tensor,
+    search: Search | None,
+) -> str:
     parts: dict[str, Any] = {
         "source": source.fingerprint(),
         "recipe": settings.to_dict(),
         "posttrain": __version__,
         "torch": torch.__version__,
     }
+    if search is not None:
+        parts["search"] = search.to_dict()
     if len(windows):
         # Sums over tokens depend on how the threads share them.
         parts |= {
@@ -201,7 +233,7 @@ def demand(job: Job) -> Demand:
     """Predict memory from shapes alone."""
     source, calibration = job.source, job.settings.calibration
     blocks = [job.stream.tensors(name) for name, _ in job.stream.blocks]
-    flat = {name: target for group in job.targets.values() for name, target in group.items()}
+    flat = job.flat
     planned = {name: math.prod(flat[name].shape) for name in job.layers}
     inside = [name for name in job.layers if name not in job.targets[""]]
     linears = [flat[name].shape for name in inside if flat[name].kind == "linear"]
@@ -265,12 +297,6 @@ def _kept_bytes(source: Source, names: list[str]) -> int:
 
 def _weights(source: Source, names: list[str]) -> int:
     return sum(math.prod(source.shape(name)) for name in names)
-
-
-def _stored_shape(target: Target) -> tuple[int, ...]:
-    """Shape of a quantized weight: the axis that products reduce over is the last."""
-    *experts, rows, columns = target.shape
-    return (*experts, columns, rows) if target.transposed else target.shape
 
 
 def say(message: str) -> None:

@@ -42,6 +42,7 @@ from posttrain.numbers import QTensor, concatenated, fit_scales, qsnr
 from posttrain.quantize.activations import ActivationStore
 from posttrain.quantize.beside import Fitted, compensate, set_apart
 from posttrain.quantize.blockwise import solve_block, teach
+from posttrain.quantize.budget import check_budget, scan_peak, with_plan
 from posttrain.quantize.calibration import InputMoments, MomentCollector
 from posttrain.quantize.distill import cached_targets, distill, teacher_targets, trained_tensors
 from posttrain.quantize.job import HEAD_PART, Job, demand, prepare, say
@@ -50,6 +51,7 @@ from posttrain.quantize.nearest import RTN
 from posttrain.quantize.problem import BlockSolver, LinearSolver, Log, Problem, held_back
 from posttrain.quantize.progress import MEASURED, Progress, finished_result, nested, open_progress
 from posttrain.quantize.recipe import load_recipe
+from posttrain.quantize.search import Search
 from posttrain.quantize.stream import COMPUTE_DTYPE
 from posttrain.quantize.transforms import Smoothing
 
@@ -67,6 +69,10 @@ def quantize(
     samples: int | None = None,
     window: int | None = None,
     chat: bool | None = None,
+    bits: float | None = None,
+    max_bytes: int | None = None,
+    scan: str | None = None,
+    candidates: str | Sequence[str] | None = None,
     memory_budget: float | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -86,6 +92,13 @@ def quantize(
         samples: calibration windows.
         window: tokens per calibration window.
         chat: apply the chat template to calibration records with messages.
+        bits: find the plan that loses least at so many bits per weight, counted over the whole model
+            as `bits_per_weight` is; the recipe gives all but the formats of the weights. The search
+            holds the model whole in memory, with its squared gradients.
+        max_bytes: the same, for a budget in bytes of all tensors.
+        scan: how the search predicts losses: "cheap" (the default) or "exact".
+        candidates: number formats to choose from, as a list or separated by commas (default: the
+            recipe's at 3 to 8 bits).
         memory_budget: GiB the activation cache may hold before it spills to disk (default: a
             quarter of the memory that is free now).
         seed: which calibration windows are drawn.
@@ -97,21 +110,26 @@ def quantize(
         What was done and measured: see docs/json.md.
 
     Raises:
-        UserError: bad model, recipe, text or output directory; a layer no rule covers.
+        UserError: bad model, recipe, text or output directory; a layer no rule covers; a budget
+            that no choice of formats meets.
     """
     settings = load_recipe(recipe).override(
         solver, transform, text=calibration, samples=samples, window=window, chat=chat
     )
+    search = Search.asked(bits, max_bytes, scan, candidates)
     memory = PeakMemory()
     with memory:
-        job = prepare(str(model), settings, Path(out), seed, memory_budget)
+        job = prepare(str(model), settings, Path(out), seed, memory_budget, search)
         result = None if overwrite else finished_result(job.out, job.fingerprint)
         if result is not None:
             say(f"{job.out} already holds this result")
             return {"out": str(job.out), **result}
+        if search is not None:
+            check_budget(job)
         trim()
         # From here on: libraries are imported and headers read, no weight is loaded yet.
-        job.predicted_peak = memory.now() + demand(job).peak
+        searching = 0 if search is None else scan_peak(job)
+        job.predicted_peak = memory.now() + max(demand(job).peak, searching)
         say(f"predicted peak memory {job.predicted_peak / GIB:.2f} GiB")
         state = open_progress(job.out, job.fingerprint, resume, overwrite)
         if state.next_block:
@@ -119,10 +137,13 @@ def quantize(
         job.track = nested if progress else job.track
         _say_what_is_rounded(job)
         started = time.monotonic() - state.seconds
+        job = job if search is None else with_plan(job, state, progress)
         _quantize_blocks(job, state, started, progress)
         outside = _quantize_outside(job, say)
         distilled = _distill(job, state, started, progress)
         result = _result(job, state.layers + outside) | distilled
+        if state.search is not None:
+            result["search"] = state.search
         job.writer.finish(result)
     measured = {
         "seconds": time.monotonic() - started,

@@ -17,6 +17,8 @@ from posttrain.models.directory import MARKER
 FOLDER = ".posttrain-progress"
 RESULT = "posttrain.json"
 MEASURED = "measured.json"
+RECIPE = "recipe.yaml"  # the plan found for a budget, to use again
+SCAN = "sensitivity.json"  # what it was found by
 LONG = 3.0  # seconds after which a solve shows how far it is
 
 
@@ -38,6 +40,7 @@ class Progress:
         activations: snapshot of the block inputs that belong to `next_block`.
         layers: measurements of the layers done.
         seconds: time spent by earlier attempts.
+        search: the plan found for a budget.
     """
 
     out: Path
@@ -46,6 +49,7 @@ class Progress:
     activations: str | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    search: dict[str, Any] | None = None
 
     @property
     def folder(self) -> Path:
@@ -102,7 +106,8 @@ def _clear(out: Path) -> None:
     """Remove what an earlier run of ours wrote, and nothing else."""
     for folder in (FOLDER, PARTS):
         shutil.rmtree(out / folder, ignore_errors=True)
-    for pattern in ("model*.safetensors", "model.safetensors.index.json", RESULT, MEASURED, MARKER):
+    written = ("model*.safetensors", "model.safetensors.index.json", RESULT, MEASURED, MARKER)
+    for pattern in (*written, RECIPE, SCAN):
         for path in out.glob(pattern):
             path.unlink()
     (out / "config.json").unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """The charts of the report. Each is drawn for a width in px and says in words what it shows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -243,7 +243,7 @@ def _bin_tips(box: Frame, bins: Bins, curves: Sequence[Curve], signed: bool) -> 
 
 
 def heat_step(value: float, span: tuple[float, float]) -> int:
-    """0 for the cleanest (highest QSNR) to HEAT - 1 for the noisiest layers of the page."""
+    """0 for the cleanest (highest value) to HEAT - 1 for the noisiest layers of the page."""
     low, high = span
     if high <= low:
         return HEAT // 2
@@ -265,8 +265,32 @@ def layer_left(kinds: Sequence[str]) -> float:
     return min(240.0, 12 + max((svg.text_width(name) for name in kind_labels(kinds)), default=40))
 
 
-def heat(found: LayerMap, width: float, span: tuple[float, float]) -> Markup:
-    """QSNR of every quantized linear: blocks across and projections down; turned when narrow."""
+@dataclass(frozen=True)
+class Measure:
+    """What a heat map shows, and how its values are written."""
+
+    name: str
+    unit: str
+    decimals: int
+
+    def say(self, value: float) -> str:
+        return f"{words.number(value, self.decimals)} {self.unit}"
+
+
+QSNR, BITS = Measure("QSNR", "dB", 1), Measure("bits per weight", "bits", 2)
+
+
+def heat(
+    found: LayerMap,
+    width: float,
+    span: tuple[float, float],
+    measure: Measure = QSNR,
+    more: Mapping[tuple[int, str], str] | None = None,
+) -> Markup:
+    """A value of every quantized linear: blocks across and projections down; turned when narrow.
+
+    more: said of a cell below its value.
+    """
     turned = width < PHONE
     names = kind_labels(found.kinds)
     blocks = [str(block) for block in found.blocks]
@@ -277,30 +301,32 @@ def heat(found: LayerMap, width: float, span: tuple[float, float]) -> Markup:
     step = min(56.0 if turned else 44.0, (width - left) / max(1, len(across)))
     tall = 18.0 if turned else 26.0
     marks = _heat_labels(across, down, left, step, tall)
-    for (block, kind), qsnr in found.cells.items():
+    for (block, kind), value in found.cells.items():
         i, j = found.blocks.index(block), found.kinds.index(kind)
         column, row = (j, i) if turned else (i, j)
-        tip = f"block {block}, {kind}\n{words.number(qsnr, 1)} dB"
-        marks += _heat_cell(left + column * step, 22 + row * tall, step, tall, qsnr, span, tip)
-    return svg.drawing(width, 24 + len(down) * tall, _heat_words(found), marks)
+        tip = f"block {block}, {kind}\n{measure.say(value)}"
+        tip += f"\n{more[block, kind]}" if more and (block, kind) in more else ""
+        marks += _heat_cell(left + column * step, 22 + row * tall, step, tall, value, span, tip)
+    return svg.drawing(width, 24 + len(down) * tall, _heat_words(found, measure), marks)
 
 
-def _heat_words(found: LayerMap) -> str:
-    (block, kind), qsnr = min(found.cells.items(), key=lambda item: item[1])
+def _heat_words(found: LayerMap, measure: Measure) -> str:
+    (block, kind), value = min(found.cells.items(), key=lambda item: item[1])
     return (
-        f"QSNR by block and projection: {len(found.cells)} cells from {words.number(qsnr, 1)} "
-        f"to {words.number(max(found.cells.values()), 1)} dB; lowest in block {block}, {kind}"
+        f"{measure.name} by block and projection: {len(found.cells)} cells from "
+        f"{words.number(value, measure.decimals)} to {measure.say(max(found.cells.values()))}; "
+        f"lowest in block {block}, {kind}"
     )
 
 
 def _heat_cell(
-    x: float, y: float, wide: float, tall: float, qsnr: float, span: tuple[float, float], tip: str
+    x: float, y: float, wide: float, tall: float, value: float, span: tuple[float, float], tip: str
 ) -> list[Markup]:
-    step = heat_step(qsnr, span)
+    step = heat_step(value, span)
     gap = 1 if wide > 6 else 0.4
     marks = [svg.rect(x, y, wide - gap, tall - gap, f"h{step} heat", tag("title", tip))]
     if wide >= 20:
-        label = words.number(qsnr, 1 if wide >= 24 else 0)
+        label = words.number(value, 1 if wide >= 24 else 0)
         small = " small" if 24 <= wide < 34 else ""
         marks.append(
             tag("text", label, x=x + wide / 2, y=y + tall / 2 + 4, text_anchor="middle",

@@ -96,11 +96,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class LayerMap:
-    """Quality of the quantized linears of one model by block (columns) and projection (rows)."""
+    """A value of the quantized linears of one model by block (columns) and projection (rows)."""
 
     blocks: tuple[int, ...]
     kinds: tuple[str, ...]
-    cells: Mapping[tuple[int, str], float]  # (block, kind) -> QSNR, dB; the worst of merged layers
+    cells: Mapping[tuple[int, str], float]  # (block, kind) -> value; the least of merged layers
     outside: tuple[tuple[str, float], ...]  # layers that belong to no block
     merged: bool  # several layers (experts) share a cell
 
@@ -190,32 +190,66 @@ def _find(models: Sequence[Model], name: object, where: str, first: bool) -> Mod
     raise UserError(f"report: {where} is {name!r}, which is none of the models: {known}")
 
 
-def layer_map(layers: object) -> LayerMap | None:
-    """Layers with a QSNR arranged by block and projection, or None where there is none.
+def layer_map(layers: object, name: str = "name", value: str = "qsnr") -> LayerMap | None:
+    """Layers with a QSNR (or what else stands under `value`) arranged by block and projection, or
+    None where there is none.
 
     `model.layers.3.self_attn.q_proj` is block 3, projection `self_attn.q_proj`; the experts of
     one projection (`mlp.experts.7.up_proj`) share the cell `mlp.experts.*.up_proj`.
     """
     found = [
-        (str(layer.get("name")), float(layer["qsnr"]))
+        (str(layer.get(name)), float(layer[value]))
         for layer in mappings(layers)
-        if finite(layer.get("qsnr"))
+        if finite(layer.get(value))
     ]
     if not found:
         return None
     cells: dict[tuple[int, str], float] = {}
     outside, count = [], 0
-    for name, qsnr in found:
-        match = _LAYER.fullmatch(name)
+    for layer, number in found:
+        match = _LAYER.fullmatch(layer)
         if match is None:
-            outside.append((name, qsnr))
+            outside.append((layer, number))
             continue
         key = int(match["block"]), _INDEX.sub("*", match["kind"])
-        cells[key] = min(qsnr, cells.get(key, math.inf))
+        cells[key] = min(number, cells.get(key, math.inf))
         count += 1
     blocks = tuple(sorted({block for block, _ in cells}))
     kinds = tuple(dict.fromkeys(kind for _, kind in cells))
     return LayerMap(blocks, kinds, cells, tuple(outside), merged=count > len(cells))
+
+
+@dataclass(frozen=True)
+class Search:
+    """The plan that was found for a budget: bits and predicted loss, nats a token, of every group of
+    layers by block and kind, and of the whole."""
+
+    bits: LayerMap
+    losses: LayerMap
+    loss: float
+    bits_per_weight: float
+    exact: bool
+
+    @property
+    def by_block(self) -> list[tuple[str, float]]:
+        """The summed loss of each block."""
+        return [
+            (str(block), sum(loss for (b, _), loss in self.losses.cells.items() if b == block))
+            for block in self.losses.blocks
+        ]
+
+
+def search(value: object) -> Search | None:
+    """What `quantize` found for a budget, or None where there was none."""
+    if not isinstance(value, Mapping):
+        return None
+    bits, losses = (
+        layer_map(value.get("groups"), "group", key) for key in ("bits", "predicted_loss")
+    )
+    loss, at = value.get("predicted_loss"), value.get("predicted_bits_per_weight")
+    if bits is None or losses is None or not (finite(loss) and finite(at)):
+        return None
+    return Search(bits, losses, float(loss), float(at), value.get("scan") == "exact")  # type: ignore[arg-type]
 
 
 def sensitivity(entries: object) -> list[tuple[str, float]]:

@@ -27,12 +27,13 @@ def layers(report: Report) -> Child:
 def _model_layers(model: Model) -> Child:
     found = content.layer_map(model.values.get("layers"))
     moved = content.sensitivity(model.values.get("block_sensitivity"))
-    if found is None and not moved:
+    searched = content.search(model.values.get("search"))
+    if found is None and not moved and searched is None:
         return None
     parts: list[Child] = [tag("h3", model.short)]
     if found and found.cells:
         span = min(found.cells.values()), max(found.cells.values())
-        legend = _ramp(span) if span[0] < span[1] else None
+        legend = _ramp("cleanest {} dB", "{} dB noisiest", span) if span[0] < span[1] else None
         parts.append(figure(None, lambda width: charts.heat(found, width, span), legend))
     if found and found.merged:
         said = "Where several experts share a cell, it shows the worst of them."
@@ -41,19 +42,54 @@ def _model_layers(model: Model) -> Child:
         said = words.join([f"{name} {words.number(qsnr, 1)} dB" for name, qsnr in found.outside])
         parts.append(tag("p", f"QSNR outside the blocks: {said}."))
     if moved:
-        parts.append(_sensitivity(moved, found))
+        title = "KL when this block alone is quantized, nats"
+        parts.append(_bars(moved, found, title))
+    if searched:
+        parts.append(_search(searched))
     return [*parts, _layer_table(model) if found else None]
 
 
-def _ramp(span: tuple[float, float]) -> Markup:
-    """The legend of the heat map; its colours span the layers of one model."""
-    low, high = (words.number(value, 1) for value in span)
+def _ramp(best: str, worst: str, span: tuple[float, float], decimals: int = 1) -> Markup:
+    """The legend of a heat map, what its ends are with a place for the number; its colours span the
+    layers of one model."""
+    low, high = (words.number(value, decimals) for value in span)
     steps = [tag("i", class_=f"h{step}") for step in range(HEAT)]
-    ends = tag("span", f"cleanest {high} dB"), tag("span", f"{low} dB noisiest")
+    ends = tag("span", best.format(high)), tag("span", worst.format(low))
     return tag("p", ends[0], steps, ends[1], class_="ramp")
 
 
-def _sensitivity(moved: list[tuple[str, float]], found: LayerMap | None) -> Markup:
+def _search(found: content.Search) -> Child:
+    """The plan that was found for a budget: bits by block and kind, predicted loss by block."""
+    how = "as measured layer by layer" if found.exact else "as estimated from gradients"
+    said = (
+        f"The formats were searched for: of all plans with at most as many bytes, this one has the "
+        f"least predicted loss, {words.loss(found.loss)} nats a token at "
+        f"{words.bits(found.bits_per_weight)} bits per weight, the sum over layers {how}."
+    )
+    parts: list[Child] = [tag("p", said)]
+    if found.bits.cells:
+        span = min(found.bits.cells.values()), max(found.bits.cells.values())
+        legend = _ramp("most {} bits", "{} bits fewest", span, 2) if span[0] < span[1] else None
+        losses = {
+            cell: f"predicted loss {words.loss(loss)} nats"
+            for cell, loss in found.losses.cells.items()
+        }
+        caption = "Bits per weight that each group of layers got, scales included."
+        draw = lambda width: charts.heat(found.bits, width, span, charts.BITS, losses)
+        parts.append(figure(caption, draw, legend))
+        parts.append(_bars(found.by_block, found.bits, "predicted loss of the block, nats"))
+    if found.bits.outside:
+        losses_outside = dict(found.losses.outside)
+        listed = [
+            f"{name} got {words.bits(bits)} bits (predicted loss {words.loss(losses_outside[name])} nats)"
+            for name, bits in found.bits.outside
+            if name in losses_outside
+        ]
+        parts.append(tag("p", f"Outside the blocks, {words.join(listed)}.") if listed else None)
+    return parts
+
+
+def _bars(moved: list[tuple[str, float]], found: LayerMap | None, title: str) -> Markup:
     left = max(charts.layer_left(found.kinds) if found else 0.0, 60.0)
     return figure(
         None,
@@ -62,7 +98,7 @@ def _sensitivity(moved: list[tuple[str, float]], found: LayerMap | None) -> Mark
             width,
             left if width > charts.PHONE else 60.0,
             found.blocks if found else (),
-            "KL when this block alone is quantized, nats",
+            title,
         ),
     )
 
