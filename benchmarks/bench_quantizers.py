@@ -39,7 +39,10 @@ from posttrain.evaluate.windows import Windows
 from posttrain.models.load import load
 
 PEER = ROOT / "build/peers/llmcompressor/bin/python"
-CALIBRATION_TOKENS = 128 * 512
+# Calibration windows; of models that are not named, 256 of 256 tokens.
+SAMPLES = {"demo": 32}
+# What takes the better part of an hour there: AWQ runs a model twenty times over.
+TOO_LONG = {"demo": ("w4 awq",)}
 GIB = 2**30
 # format -> what ours is called -> (recipe, options)
 OURS: dict[str, dict[str, tuple[Any, tuple[str, ...]]]] = {
@@ -55,7 +58,7 @@ OURS: dict[str, dict[str, tuple[Any, tuple[str, ...]]]] = {
 }
 # format -> recipes in quantizer_peers.py
 THEIRS = {
-    "W4 g64": ("w4 rtn", "w4 gptq", "w4 smoothquant gptq"),
+    "W4 g64": ("w4 rtn", "w4 gptq", "w4 smoothquant gptq", "w4 awq"),
     "W8A8": ("w8a8 rtn", "w8a8 smoothquant gptq"),
 }
 DUELS = (  # (format, ours, theirs): the same method, and what each tool would have one use
@@ -63,6 +66,7 @@ DUELS = (  # (format, ours, theirs): the same method, and what each tool would h
     ("W4 g64", "gptq", "w4 gptq"),
     ("W4 g64", "w4a16", "w4 gptq"),
     ("W4 g64", "w4a16", "w4 smoothquant gptq"),
+    ("W4 g64", "w4a16", "w4 awq"),
     ("W8A8", "rtn", "w8a8 rtn"),
     ("W8A8", "w8a8-portable", "w8a8 smoothquant gptq"),
 )
@@ -102,7 +106,7 @@ def measure(model: str, peer: Path | None, count: int, quick: bool) -> dict[str,
     shutil.rmtree(folder, ignore_errors=True)
     plain = folder / "bf16"
     export(model, plain)
-    samples = 2 if quick else CALIBRATION_TOKENS // size
+    samples = 2 if quick else SAMPLES.get(model, 256)
     made = {}
     for form, named in OURS.items():
         for name, (recipe, options) in named.items():
@@ -113,6 +117,8 @@ def measure(model: str, peer: Path | None, count: int, quick: bool) -> dict[str,
         tokens = calibration(plain, folder / "tokens.safetensors", size, samples)
         for form, recipes in THEIRS.items():
             for name in recipes:
+                if name in TOO_LONG.get(model, ()):
+                    continue
                 made["llm-compressor", form, name] = _theirs(
                     peer, plain, folder / f"llm-compressor {name}", name, tokens
                 )
@@ -133,13 +139,17 @@ def measure(model: str, peer: Path | None, count: int, quick: bool) -> dict[str,
     return {
         "model": model,
         "rows": rows,
-        "duels": [_duel(*names, found) for names in DUELS] if peer else [],
+        "duels": [
+            _duel(form, ours, theirs, found)
+            for form, ours, theirs in DUELS
+            if ("llm-compressor", form, theirs) in found
+        ],
         "checks": [
             _check(name, folder / f"llm-compressor {name}", size) for name in CHECKED if peer
         ],
         "text": compared["text"],
         "window": size,
-        "windows": count,
+        "windows": len(compared["models"][0]["window_nll"]),
         "calibration": {"text": load_text(None, "calibration").name, "windows": samples},
         "threads": torch.get_num_threads(),
     }
