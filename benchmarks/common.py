@@ -12,11 +12,14 @@ changes), the machine, the seeds and the date: enough to run it again elsewhere.
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from posttrain.cli.doctor import machine
 
@@ -46,6 +49,37 @@ def run_json(*words: str, timeout: float | None = None) -> dict[str, Any]:
     _commands.append({"command": _portable(shown), "seconds": time.monotonic() - started})
     result: dict[str, Any] = json.loads(ended.stdout)
     return result
+
+
+def run_measured(command: Sequence[str]) -> dict[str, Any]:
+    """Run a command, whoever's it is, and watch it from outside. Remembers it.
+
+    Returns `stdout`, `seconds` from its start to its end, and `peak_rss_bytes`, the most resident
+    memory seen in looks 10 ms apart. Ends the benchmark where the command fails.
+    """
+    print("$", " ".join(command), file=sys.stderr, flush=True)
+    started = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    peak, ended = [0], threading.Event()
+
+    def watch() -> None:
+        seen = psutil.Process(process.pid)
+        while not ended.wait(0.01):
+            try:
+                peak[0] = max(peak[0], seen.memory_info().rss)
+            except psutil.NoSuchProcess:
+                return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    stdout, _ = process.communicate()
+    seconds = time.monotonic() - started
+    ended.set()
+    watcher.join()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")
+    _commands.append({"command": _portable(command), "seconds": seconds})
+    return {"stdout": stdout, "seconds": seconds, "peak_rss_bytes": peak[0]}
 
 
 def write_result(name: str, figures: dict[str, Any], seeds: Sequence[int] = (0,)) -> Path:

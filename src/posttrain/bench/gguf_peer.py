@@ -7,6 +7,7 @@ speed, not to read its answers.
 
 import ctypes
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from posttrain.models.source import open_source
 # llama.cpp's type for a width of ours: the bits of a linear weight that it is compared at.
 TYPES = ((4.6, "Q4_0"), (5.6, "Q5_0"), (6.9, "Q6_K"), (9.0, "Q8_0"), (17.0, "BF16"))
 WRITABLE = ("llama", "mistral")
+_TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _GGUF = {ours: theirs for theirs, ours in PROJECTIONS.items()} | {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
@@ -44,14 +46,23 @@ def origin_of(model: str) -> str:
     return str(json.loads(report.read_text(encoding="utf-8"))["model"])
 
 
-def gguf_of(model: str, kind: str, folder: Path) -> Path:
-    """A GGUF file of type `kind` in `folder`, of the model that `model` was quantized from."""
+def gguf_of(
+    model: str, kind: str, folder: Path, importance: Mapping[str, torch.Tensor] | None = None
+) -> Path:
+    """A GGUF file of type `kind` in `folder`, of the model that `model` was quantized from.
+
+    importance: for linears of its blocks, by name, the mean square of each input channel over some
+    text, float32 [in]: what llama.cpp calls an importance matrix.
+    """
     source = open_source(origin_of(model))
     plain = source.path if source.kind == "gguf" else _written(source, folder / "plain.gguf")
-    return _requantized(plain, kind, folder / f"{kind}.gguf")
+    suffix = "" if importance is None else "-imatrix"
+    return _requantized(plain, kind, folder / f"{kind}{suffix}.gguf", importance)
 
 
-def _requantized(source: Path, kind: str, out: Path) -> Path:
+def _requantized(
+    source: Path, kind: str, out: Path, importance: Mapping[str, torch.Tensor] | None
+) -> Path:
     from llama_cpp import llama_cpp as c
 
     quiet = c.llama_log_callback(lambda *_: None)
@@ -60,6 +71,14 @@ def _requantized(source: Path, kind: str, out: Path) -> Path:
     how.ftype = getattr(c, f"LLAMA_FTYPE_MOSTLY_{kind}")
     how.allow_requantize = True
     how.nthread = torch.get_num_threads()
+    kept = {_gguf_name(name): value.contiguous() for name, value in (importance or {}).items()}
+    floats = ctypes.POINTER(ctypes.c_float)
+    entries = [
+        c.llama_model_imatrix_data(name.encode(), ctypes.cast(value.data_ptr(), floats), len(value))
+        for name, value in kept.items()
+    ]
+    if entries:  # an entry without a name ends the array
+        how.imatrix = (c.llama_model_imatrix_data * (len(entries) + 1))(*entries)
     if c.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(how)):
         raise UserError(f"llama.cpp cannot write {source} as {kind}")
     return out
@@ -104,14 +123,22 @@ def _written(source: Any, out: Path) -> Path:
 
 def _stored(name: str, value: torch.Tensor, config: Any) -> tuple[str, torch.Tensor]:
     """The GGUF name and value of a tensor: rotary channels lie in pairs there."""
-    top = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     stem, _, suffix = name.rpartition(".")
-    if stem in top:
-        return f"{top[stem]}.{suffix}", value
-    _, _, layer, local = stem.split(".", 3)
+    stored = _gguf_name(stem, suffix)
+    if stem in _TOP:
+        return stored, value
+    local = stem.split(".", 3)[-1]
     heads = {"self_attn.q_proj": config.num_attention_heads,
              "self_attn.k_proj": config.num_key_value_heads}.get(local)  # fmt: skip
     if heads:
         halves = value.reshape(heads, 2, -1, *value.shape[1:])
         value = halves.transpose(1, 2).reshape(value.shape)
-    return f"blk.{layer}.{_GGUF[local]}.{suffix}", value
+    return stored, value
+
+
+def _gguf_name(module: str, suffix: str = "weight") -> str:
+    """What GGUF calls a parameter of this module."""
+    if module in _TOP:
+        return f"{_TOP[module]}.{suffix}"
+    _, _, layer, local = module.split(".", 3)
+    return f"blk.{layer}.{_GGUF[local]}.{suffix}"
