@@ -10,6 +10,7 @@ and `"tied": {"<embedding>": "<head>"}` names the module that takes its rows fro
 
 A group whose inputs are rotated also has `"rotate": "hadamard.v1"` (see `rotation`), and its weights
 are stored rotated. `"outliers": 6.0`: channels of the input that reach this magnitude are spared.
+`"kv": "int8 | fp16/row"` beside the groups: what the KV cache is to be kept in (see `kv`).
 
 A quantized weight W is stored as `W_codes` (packed along the last axis, dtype uint8), one `W_scale_<i>`
 per factor of its Spec, finest first, in the dtype of the factor's grid, and `W_zero_point` (packed like
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import UserError, did_you_mean
+from posttrain.models.kv import parse_kv
 from posttrain.models.plan import LayerPlan
 from posttrain.models.walk import tied_head
 from posttrain.numbers import QTensor, Scales, Spec, pack, packed_bytes, unpack
@@ -38,7 +40,7 @@ METHOD = "posttrain"
 VERSION = 1
 LAYOUT = "bitstream.v1"
 CODES_SUFFIX = "_codes"
-CONFIG_KEYS = ("quant_method", "version", "layout", "groups", "tied")
+CONFIG_KEYS = ("quant_method", "version", "layout", "groups", "tied", "kv")
 GROUP_KEYS = ("weight", "input", "modules", "rotate", "outliers")
 ROTATION = "hadamard.v1"
 
@@ -167,7 +169,10 @@ def weight_name(name: str, shape: Shape) -> str:
 
 
 def quantization_config(
-    layers: Mapping[str, LayerPlan], shapes: Mapping[str, Shape], model: nn.Module
+    layers: Mapping[str, LayerPlan],
+    shapes: Mapping[str, Shape],
+    model: nn.Module,
+    kv: Spec | None = None,
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
     groups: dict[LayerPlan, list[str]] = {}
@@ -188,6 +193,8 @@ def quantization_config(
             for layer, names in groups.items()
         ],
     }
+    if kv is not None:
+        found["kv"] = str(kv)
     tied = tied_head(model)
     if tied is not None and tied[0] in layers:
         head, embedding = tied
@@ -219,6 +226,8 @@ def read_config(config: Mapping[str, Any], where: str) -> dict[str, LayerPlan]:
     _check_keys(config, CONFIG_KEYS, where)
     if config.get("layout") != LAYOUT:
         raise UserError(f"{where}: unknown layout {config.get('layout')!r}; known: {LAYOUT}")
+    if config.get("kv") is not None:
+        parse_kv(config["kv"], f"{where}.kv")
     groups = config.get("groups")
     if not isinstance(groups, list):
         raise UserError(f"{where}: 'groups' must be a list; found {groups!r}")
