@@ -82,7 +82,7 @@ def call(args: argparse.Namespace) -> dict[str, Any]:
 
         stream = None if args.json else _print_now
         result: dict[str, Any] = posttrain.chat(**options(args), stream=stream)
-        for note in result["notes"]:
+        for note in result.get("notes", ()):
             warn(note)
         return result
     _converse(args)

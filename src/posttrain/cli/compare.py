@@ -38,7 +38,7 @@ def arguments(parser: Parser) -> None:
         default="float32",
         help=f"computing precision: {', '.join(DTYPES)}",
     )
-    add_kv_option(parser, "of every model but the first: " )
+    add_kv_option(parser, "of every model but the first: ")
     add(
         "--kl",
         metavar="full|topk",

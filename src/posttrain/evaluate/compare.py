@@ -61,10 +61,10 @@ def compare(
     _check(models, kl, top_k, records)
     options = Options(text, window, stride, max_tokens, chat, records, progress)
     comparison = _Comparison(
-        [
-            Subject.of(model, dtype, kv=kv if i else None) for i, model in enumerate(models)
-        ],
-        options, Divergence(kl, top_k), seed
+        [Subject.of(model, dtype, kv=kv if i else None) for i, model in enumerate(models)],
+        options,
+        Divergence(kl, top_k),
+        seed,
     )
     comparison.score(generations)
     result = comparison.result()
@@ -128,9 +128,7 @@ class _Comparison:
             self.facts.append(subject.facts() | _from_report(report))
             self.caveats += subject.caveats()
             if generations:
-                self.answers[subject.label] = answers(
-                    subject.model, subject.tokenizer, subject.kv
-                )
+                self.answers[subject.label] = answers(subject.model, subject.tokenizer, subject.kv)
 
         run = score_lockstep if self.lockstep else score_in_turn
         self.scores = run(

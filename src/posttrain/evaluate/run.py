@@ -65,10 +65,7 @@ def score_lockstep(
     subjects: list[Subject], windows: Windows, divergence: Divergence, visit: Visit, progress: bool
 ) -> list[Scores]:
     """Scores of all models, the first being the reference, batch by batch."""
-    scorers = [
-        _scorer(subject, windows, against=i > 0)
-        for i, subject in enumerate(subjects)
-    ]
+    scorers = [_scorer(subject, windows, against=i > 0) for i, subject in enumerate(subjects)]
     with _bar(len(windows) * len(subjects), "compare", progress) as bar:
         for batch in windows.batches(vocabulary(subjects[0].model)):
             targets = scorers[0](batch, keep=divergence.keep())

@@ -141,7 +141,9 @@ class Memory:
         keys, values = self._tensors["keys"], self._tensors["values"]
         if self.cache == "int4":  # pairs of channels; runs of 2 x 16 channels
             keys = _nibbles(keys).movedim(-1, -2).flatten(-3, -2)
-            values = _nibbles(values.unflatten(-1, (-1, PANEL))).movedim(-1, -2).flatten(-3)
+            values = (
+                _nibbles(values.reshape(*values.shape[:-1], -1, PANEL)).movedim(-1, -2).flatten(-3)
+            )
         found = []
         for name, tensor in (("key", keys.transpose(-2, -1).flatten(2, 3)), ("value", values)):
             codes = tensor[:, :, :length, :size]

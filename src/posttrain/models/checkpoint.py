@@ -172,7 +172,9 @@ class CheckpointWriter:
         config["dtype"] = str(self.format.dtype or self.source.config.dtype).removeprefix("torch.")
         config["architectures"] = [type(self._model).__name__]
         schema = _SCHEMAS[self.format.name]
-        config["quantization_config"] = schema.config(self.layers, self.shapes, self._model, self.kv)
+        config["quantization_config"] = schema.config(
+            self.layers, self.shapes, self._model, self.kv
+        )
         if self._tied is not None:  # no longer two names of one parameter
             config["tie_word_embeddings"] = False
         return config

@@ -31,7 +31,7 @@ def parse_kv(text: str | Spec, where: str = "kv") -> Spec:
     try:
         found = Spec.parse(NAMES.get(text, text) if isinstance(text, str) else text)
     except UserError as error:
-        raise UserError(f"{where}: {error}; choose {EXAMPLES}") from None
+        raise UserError(f"{where}: {error}\nchoose {EXAMPLES}") from None
     reason = _unsuitable(found)
     if reason is not None:
         raise UserError(f"{where}: {found} {reason}; choose {EXAMPLES}")
@@ -49,11 +49,10 @@ def _unsuitable(kv: Spec) -> str | None:
 
 
 def stored_kv(config: Any) -> Spec | None:
-    """The format that a model's config asks for in its `quantization_config`, or None."""
-    how = getattr(config, "quantization_config", None)
-    if how is None:
-        return None
-    text = how.get("kv") if isinstance(how, Mapping) else getattr(how, "kv", None)
+    """The format that a model's config asks for in a `quantization_config` of ours, or None."""
+    how = getattr(config, "quantization_config", None) or {}
+    fields = how if isinstance(how, Mapping) else vars(how)
+    text = fields.get("kv") if fields.get("quant_method") == "posttrain" else None
     return None if text is None else parse_kv(text, "config.json: quantization_config: kv")
 
 
