@@ -17,6 +17,9 @@ EVALUATED = {
     "tokens": 100,
     "bits_per_weight": 6.25,
     "bytes": 1000,
+    "kv": "int8 | fp16/row",
+    "kv_bits_per_value": 8.25,
+    "kv_bytes_per_token": 11880.0,
 }
 RESULTS: dict[str, dict[str, Any]] = {
     "quantize": {

@@ -67,7 +67,7 @@ PLUMBING = [
     ),
     (
         """evaluate m --text t.txt --window 32 --stride 16 --max-tokens 99 --dtype bfloat16
-        --records r.jsonl""",
+        --kv "int4 | fp16/g32" --records r.jsonl""",
         "evaluate",
         {
             "text": "t.txt",
@@ -75,16 +75,18 @@ PLUMBING = [
             "stride": 16,
             "max_tokens": 99,
             "dtype": "bfloat16",
+            "kv": "int4 | fp16/g32",
             "records": "r.jsonl",
         },
     ),
     (
-        "compare a b c --kl topk --top-k 5 --sensitivity --no-generations --chat --seed 4",
+        "compare a b c --kl topk --top-k 5 --sensitivity --no-generations --chat --seed 4 --kv fp8",
         "compare",
         {
             "models": ["a", "b", "c"],
             "chat": True,
             "seed": 4,
+            "kv": "fp8",
             "kl": "topk",
             "top_k": 5,
             "sensitivity": True,
@@ -94,7 +96,7 @@ PLUMBING = [
     ),
     ("compare a b --out r.html", "compare", {"models": ["a", "b"], "out": "r.html"}),
     (
-        "chat m --prompt hello --system s --temperature 0.5 --top-p 0.9 --max-new-tokens 4 --seed 2",
+        "chat m --prompt hello --system s --temperature 0.5 --top-p 0.9 --max-new-tokens 4 --seed 2 --kv int8",
         "chat",
         {
             "prompt": "hello",
@@ -103,6 +105,7 @@ PLUMBING = [
             "top_p": 0.9,
             "max_new_tokens": 4,
             "seed": 2,
+            "kv": "int8",
         },
     ),
     ("run demo -o o --overwrite", "run", {"recipe": "demo", "out": "o", "overwrite": True}),

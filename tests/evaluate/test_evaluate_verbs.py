@@ -41,6 +41,39 @@ def test_evaluate_has_the_keys_of_the_interface(tiny, text):
     json.dumps(found, allow_nan=False)
 
 
+def window_gap(a, b):
+    return np.abs(np.subtract(a["window_nll"], b["window_nll"])).mean()
+
+
+def test_evaluate_keeps_keys_and_values_in_the_format_asked_for(tiny, text, monkeypatch):
+    """On the kernels and in PyTorch alike; what no kernel keeps PyTorch does, and a note says so."""
+    full = evaluate(tiny, text=text, **QUIET)
+    assert (full["kv"], full["kv_bits_per_value"]) == ("fp32", 32)
+    found = {kv: evaluate(tiny, text=text, kv=kv, **QUIET) for kv in ("int8", "fp8", "int4")}
+    cost = {kv: window_gap(entry, full) for kv, entry in found.items()}
+    assert 0 < cost["int8"] < cost["int4"] < 0.5
+    assert found["int4"]["kv_bytes_per_token"] == 3 * 2 * 2 * (8 * 4 + 16) / 8
+    assert found["int4"]["implementation"] == full["implementation"] and not found["int4"]["notes"]
+    finer = evaluate(tiny, text=text, kv="int8 | fp32/g4", **QUIET)
+    assert finer["implementation"] == "torch" and "no kernel keeps" in finer["notes"][0]
+    monkeypatch.setattr(sys.modules["posttrain.lm.engine"], "no_decoder", lambda model: "unknown")
+    for kv, entry in found.items():
+        torch_too = evaluate(tiny, text=text, kv=kv, **QUIET)
+        assert torch_too["implementation"] == "torch" and torch_too["kv"] == entry["kv"]
+        assert window_gap(torch_too, entry) < 0.2 * cost[kv]
+
+
+def test_a_model_is_compared_with_itself_under_another_cache(tiny, text):
+    found = compare([tiny, tiny], text=text, kv="int4", **QUIET)
+    assert [entry["kv"] for entry in found["models"]] == ["fp32", "int4 | fp16/row"]
+    (pair,) = found["pairs"]
+    assert pair["b"] == f"{pair['a']} (kv int4 | fp16/row)"
+    assert pair["kl"] > 0 and pair["delta_nll"] != 0
+    assert len(found["generations"][0]["outputs"]) == 2
+    alone = evaluate(tiny, text=text, kv="int4", **QUIET)
+    assert found["models"][1]["nll"] == pytest.approx(alone["nll"])
+
+
 def test_compare_says_of_each_model_what_evaluate_says(tiny, near, text, compared):
     for model, entry in zip((tiny, near), compared["models"], strict=True):
         alone = evaluate(model, text=text, **QUIET)

@@ -9,7 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from posttrain.errors import UserError
 from posttrain.lm import generate
+from posttrain.lm.engine import TorchEngine
 from posttrain.lm.local import prompt_ids, stop_tokens
+from posttrain.models.kv import parse_kv
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'nobody' %}{{ raise_exception('who?') }}{% endif %}"
@@ -169,3 +171,18 @@ def test_messages_without_a_template_are_refused(model, tokenizer):
     base = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(UserError, match="no chat template"):
         generate(model, base, [{"role": "user", "content": "x"}])
+
+
+def test_a_model_without_a_cache_to_round_is_refused(model):
+    with pytest.raises(UserError, match="a Scripted keeps no keys and values"):
+        runner = TorchEngine(Scripted(model, [1, 2]), kv=parse_kv("int8"))
+        runner.forward([(runner.session(), [3])])
+
+
+def test_generate_keeps_the_cache_as_asked(model, tokenizer):
+    """A format so coarse that the answer changes; one so fine that it does not."""
+    plain = generate(model, tokenizer, "Hello", max_new_tokens=20)
+    assert generate(model, tokenizer, "Hello", max_new_tokens=20, kv="fp32") == plain
+    assert generate(model, tokenizer, "Hello", max_new_tokens=20, kv="int2 | fp16/row") != plain
+    with pytest.raises(UserError, match="(?s)kv: .*choose int8, fp8"):
+        generate(model, tokenizer, "Hello", kv="int9")

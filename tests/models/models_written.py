@@ -61,7 +61,7 @@ def writer_for(
     targets = {k: t for name, block in blocks for k, t in quantizable(name, block).items()}
     layers = plan.resolve(targets)
     shapes = {name: stored_shape(t.shape, t.transposed) for name, t in targets.items()}
-    writer = CheckpointWriter(out, source, layers, shapes, len(blocks) + 1)
+    writer = CheckpointWriter(out, source, layers, shapes, len(blocks) + 1, plan.kv)
     left = source.tensor_names()
     shards = []
     for block, _ in blocks:

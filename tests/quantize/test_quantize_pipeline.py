@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from posttrain.errors import UserError
+from posttrain.lm import engine
 from posttrain.models.checkpoint import MARKER, CheckpointWriter
 from posttrain.models.load import load
 from posttrain.quantize import quantize
@@ -46,6 +47,16 @@ def smooth(tmp_path) -> Path:
     recipe = tmp_path / "smooth.yaml"
     recipe.write_text(GROUP_32 + "transform: smooth\nignore: [lm_head]\n")
     return recipe
+
+
+def test_the_checkpoint_says_what_the_recipe_says_of_the_cache(tiny, tmp_path):
+    recipe = tmp_path / "kv.yaml"
+    recipe.write_text(GROUP_32 + "kv: int4\nsolver: rtn\nignore: [lm_head]\n")
+    model = tiny("Llama", hidden_size=64, intermediate_size=128)
+    quantize(model, recipe=recipe, out=tmp_path / "out", progress=False)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["kv"] == "int4 | fp16/row"
+    assert str(engine(load(tmp_path / "out")).keeps()) == "int4 | fp16/row"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

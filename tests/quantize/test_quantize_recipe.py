@@ -61,6 +61,7 @@ def test_recipe_from_a_copied_file(tmp_path):
         (MINIMAL + "transform: {alpha: 0.5}", "with `name`"),
         ('layers: [{match: "*", weight: int9}]', "int9"),
         ('layers: [{match: "*", weigth: int4}]', "did you mean 'weight'"),
+        (MINIMAL + "kv: int8 | fp16/tensor", "plan: kv: int8 | fp16/tensor has scales over"),
         ("stages: []", "posttrain run"),
     ],
 )
@@ -69,6 +70,12 @@ def test_mistakes_are_named(text, said):
         parse_recipe(text, "mine.yaml")
     assert said in str(caught.value)
     assert "mine.yaml" in str(caught.value)
+
+
+def test_a_recipe_says_what_the_cache_is_kept_in():
+    recipe = parse_recipe(MINIMAL + "kv: fp8", "mine.yaml")
+    assert str(recipe.plan.kv) == "e4m3 | fp16/row"
+    assert parse_recipe(yaml.safe_dump(recipe.to_dict()), "mine") == recipe
 
 
 def test_unknown_recipe_names_the_nearest():

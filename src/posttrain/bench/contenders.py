@@ -31,7 +31,8 @@ def token_ids(count: int, vocabulary: int) -> list[int]:
 
 
 class Contender(ABC):
-    """Base: timing and memory. `cache` is how keys and values are kept, where there is a choice."""
+    """Base: timing and memory. `cache` is how keys and values are kept, where there is a choice; ""
+    is what the model says."""
 
     vocabulary: int
 
@@ -90,15 +91,14 @@ class Posttrain(Contender):
         if kernels.available():
             kernels.set_threads(threads)
         self.model = load(source, dtype="auto")
-        self.engine = engine(self.model)
-        self.cache = cache
+        self.engine = engine(self.model, cache or None)
         self.vocabulary = self.model.config.get_text_config().vocab_size
 
     def prefill(self, tokens: list[int]) -> None:
-        self.engine.forward([(self.engine.session(len(tokens), self.cache), tokens)])
+        self.engine.forward([(self.engine.session(len(tokens)), tokens)])
 
     def decode(self, count: int) -> None:
-        session, text, greedy = self.engine.session(count + 1, self.cache), [1], kernels.Sampling()
+        session, text, greedy = self.engine.session(count + 1), [1], kernels.Sampling()
         for _ in range(count):
             text += self.engine.step([(session, text[-1:])], [greedy], [text])
 
@@ -110,6 +110,7 @@ class Posttrain(Contender):
         decoder = getattr(self.engine, "decoder", None)
         return {
             "kernel": self.engine.name,
+            "cache": str(self.engine.keeps()),
             "bits_per_weight": found["bits_per_weight"],
             "stored_bytes": found["bytes"],
             "weight_bytes": decoder.nbytes if decoder else found["bytes"],

@@ -11,7 +11,7 @@ from posttrain.errors import UserError
 class Worker:
     """The process of one contender, seen from outside. Raises UserError with its message."""
 
-    def __init__(self, name: str, source: str, threads: int, cache: str = "fp16") -> None:
+    def __init__(self, name: str, source: str, threads: int, cache: str = "") -> None:
         self.name = name
         command = [sys.executable, "-m", "posttrain.bench.worker"]
         self._process = subprocess.Popen(

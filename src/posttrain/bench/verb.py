@@ -52,7 +52,7 @@ def bench(
     prefill: int = 512,
     decode: int = 64,
     rounds: int = 5,
-    cache: str = "fp16",
+    cache: str | None = None,
     plot: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -66,7 +66,8 @@ def bench(
         threads: how many, or several counts; None: one, and one per processor.
         prefill, decode: tokens of a prompt, and of an answer.
         rounds: how often everything is repeated.
-        cache: what our keys and values are kept in: fp32, fp16, bf16 or int8.
+        cache: what our keys and values are kept in, see `evaluate`'s kv; None: what the model says,
+            else fp16 (scoring: fp32).
         plot: where to draw the result, as SVG.
 
     Returns:
@@ -112,7 +113,7 @@ class _Round:
     prefill: int
     decode: int
     rounds: int
-    cache: str
+    cache: str | None
 
     def measure(self, sources: dict[str, str], progress: bool) -> dict[str, Any]:
         from tqdm import tqdm
@@ -121,7 +122,7 @@ class _Round:
         probe = Probe(self.threads)
         try:
             for name, source in sources.items():
-                workers.append(Worker(name, source, self.threads, self.cache))
+                workers.append(Worker(name, source, self.threads, self.cache or ""))
             runs = {worker.name: Runs() for worker in workers}
             bar = tqdm(
                 total=(self.rounds + 1) * len(workers),
@@ -168,7 +169,6 @@ class _Round:
             "operations_per_second": operations,
         }
         found["rounds"], found["prefill"], found["decode"] = self.rounds, self.prefill, self.decode
-        found["cache"] = self.cache
         found["peers"] = [
             {"name": name, **_figures(theirs), **_ratios(ours, theirs), **facts[name]}
             for name, theirs in runs.items()

@@ -178,6 +178,17 @@ def add_text_options(parser: Parser) -> None:
     )
 
 
+def add_kv_option(parser: Parser, whose: str = "") -> None:
+    """The option of chat, evaluate and compare that says what the KV cache is kept in."""
+    parser.add_argument(
+        "--kv",
+        metavar="FORMAT",
+        help=f"what keys and values are kept in, {whose}int8, fp8, int4 (a scale for each token and "
+        'head), fp16, fp32, or a number format such as "int4 | fp16/g32" (default: what the model '
+        "says, else not quantized)",
+    )
+
+
 def words(text: str) -> tuple[str, ...]:
     """Names separated by commas."""
     return tuple(word for word in map(str.strip, text.split(",")) if word)

@@ -15,7 +15,7 @@ from typing import Any
 from posttrain.cli.arguments import Parser, add_progress_option, count, options, words
 from posttrain.cli.output import bytes_text, facts, number, table
 
-CACHES = ("fp32", "fp16", "bf16", "int8")
+CACHES = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")
 
 
 def arguments(parser: Parser) -> None:
@@ -37,7 +37,11 @@ def arguments(parser: Parser) -> None:
     add("--prefill", metavar="N", type=count, default=512, help="tokens of a prompt")
     add("--decode", metavar="N", type=count, default=64, help="tokens of an answer")
     add("--rounds", metavar="N", type=count, default=5, help="how often everything is repeated")
-    add("--cache", choices=CACHES, default="fp16", help="what keys and values are kept in")
+    add(
+        "--cache",
+        choices=CACHES,
+        help="what keys and values are kept in (default: what the model says, else fp16)",
+    )
     add("--plot", metavar="FILE", help="draw the result, as SVG")
     add_progress_option(parser)
 

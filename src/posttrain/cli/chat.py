@@ -6,6 +6,7 @@ it, /exit (or Ctrl-D) ends. Without a terminal, each line read is one turn.
 examples:
   posttrain chat small
   posttrain chat small --prompt "Why is the sky blue?" --max-new-tokens 80
+  posttrain chat small --kv int8
   posttrain chat demo --system "Answer in one sentence." --temperature 0.7 --seed 3
 """
 
@@ -14,7 +15,18 @@ import gc
 import sys
 from typing import Any
 
-from posttrain.cli.arguments import Parser, count, factor, fraction, options, positive, share, whole
+from posttrain.cli.arguments import (
+    Parser,
+    add_kv_option,
+    count,
+    factor,
+    fraction,
+    options,
+    positive,
+    share,
+    warn,
+    whole,
+)
 from posttrain.errors import UserError
 
 RESUME = ""
@@ -58,6 +70,7 @@ def arguments(parser: Parser) -> None:
     )
     add("--max-new-tokens", metavar="N", type=count, default=256, help="longest answer, in tokens")
     add("--seed", metavar="N", type=whole, default=0, help="of the sampling")
+    add_kv_option(parser)
 
 
 def call(args: argparse.Namespace) -> dict[str, Any]:
@@ -68,7 +81,10 @@ def call(args: argparse.Namespace) -> dict[str, Any]:
         import posttrain
 
         stream = None if args.json else _print_now
-        return posttrain.chat(**options(args), stream=stream)
+        result: dict[str, Any] = posttrain.chat(**options(args), stream=stream)
+        for note in result.get("notes", ()):
+            warn(note)
+        return result
     _converse(args)
     return {}
 
@@ -95,11 +111,13 @@ def _print_now(piece: str) -> None:
 def _converse(args: argparse.Namespace) -> None:
     from posttrain.lm.chat import Conversation
 
-    talk = Conversation(args.model, system=args.system)
+    talk = Conversation(args.model, system=args.system, kv=args.kv)
+    for note in talk.facts()["notes"]:
+        warn(note)
     sampling = {
         name: value
         for name, value in options(args).items()
-        if name not in ("model", "prompt", "system")
+        if name not in ("model", "prompt", "system", "kv")
     }
     interactive = sys.stdin.isatty()
     if interactive:

@@ -6,6 +6,7 @@ the reference's predictions, and how often both would say the same next token.
 
 examples:
   posttrain compare demo small -o report.html
+  posttrain compare demo demo --kv int4 --no-generations
   posttrain compare demo w8 w6 w4 --max-tokens 16384 --sensitivity -o report.html
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 from posttrain.cli.arguments import (
     DTYPES,
     Parser,
+    add_kv_option,
     add_progress_option,
     add_text_options,
     count,
@@ -36,6 +38,7 @@ def arguments(parser: Parser) -> None:
         default="float32",
         help=f"computing precision: {', '.join(DTYPES)}",
     )
+    add_kv_option(parser, "of every model but the first: ")
     add(
         "--kl",
         metavar="full|topk",
@@ -80,12 +83,13 @@ def show(result: dict[str, Any]) -> str:
 
 
 def models_table(models: list[dict[str, Any]]) -> str:
-    header = ("model", "bits/weight", "size", "tokens", "nll", "perplexity")
+    header = ("model", "bits/weight", "size", "KV bits", "tokens", "nll", "perplexity")
     rows = [
         (
             str(m["model"]),
             number(m["bits_per_weight"], 2),
             bytes_text(m["bytes"]),
+            number(m["kv_bits_per_value"], 2),
             f"{m['tokens']:,}",
             number(m["nll"]),
             number(m["perplexity"], 3),

@@ -5,6 +5,7 @@ Reads the text in windows and scores every token once. The loss is in nats per t
 examples:
   posttrain evaluate demo
   posttrain evaluate small --text notes.txt --window 1024 --stride 512
+  posttrain evaluate demo --kv int8
   posttrain evaluate small --max-tokens 16384 --records small.jsonl --json
 """
 
@@ -14,13 +15,14 @@ from typing import Any
 from posttrain.cli.arguments import (
     DTYPES,
     Parser,
+    add_kv_option,
     add_progress_option,
     add_text_options,
     one_of,
     options,
     words,
 )
-from posttrain.cli.output import bytes_text, facts, notes, number
+from posttrain.cli.output import bytes_text, facts, kv_text, notes, number
 
 
 def arguments(parser: Parser) -> None:
@@ -40,6 +42,7 @@ def arguments(parser: Parser) -> None:
         default="float32",
         help=f"computing precision: {', '.join(DTYPES)}",
     )
+    add_kv_option(parser)
     add(
         "--records", metavar="FILE", help="write the loss of every token: .jsonl, .jsonl.gz or .npz"
     )
@@ -58,5 +61,6 @@ def show(result: dict[str, Any]) -> str:
         ("loss", f"{number(result['nll'])} nats per token over {result['tokens']:,} tokens"),
         ("bits per weight", number(result["bits_per_weight"], 2)),
         ("size", bytes_text(result["bytes"])),
+        ("KV cache", kv_text(result)),
     ]
     return "\n".join([facts(str(result["model"]), lines), *notes(result)])

@@ -104,6 +104,14 @@ def bytes_text(count: Any) -> str:
     return f"{count:.0f} B"
 
 
+def kv_text(result: Mapping[str, Any]) -> str:
+    """What the KV cache is kept in, and what that takes."""
+    if result["kv_bits_per_value"] is None:
+        return str(result["kv"])
+    bits, count = number(result["kv_bits_per_value"], 2), bytes_text(result["kv_bytes_per_token"])
+    return f"{result['kv']}: {bits} bits per value, {count} per token"
+
+
 def seconds_text(seconds: Any) -> str:
     """`12.3 s`, `4 min 05 s`."""
     if not isinstance(seconds, (int, float)):

@@ -18,6 +18,7 @@ from posttrain.evaluate.sensitivity import WINDOW, WINDOWS, block_sensitivity
 from posttrain.evaluate.subject import Subject, require_same_tokens
 from posttrain.evaluate.windows import Windows
 from posttrain.models.load import set_resident
+from posttrain.numbers import Spec
 
 KL_KINDS = ("full", "topk")
 
@@ -31,6 +32,7 @@ def compare(
     max_tokens: int | None = None,
     chat: bool = False,
     dtype: str = "float32",
+    kv: str | Spec | None = None,
     kl: str = "full",
     top_k: int = 64,
     generations: bool = True,
@@ -41,7 +43,8 @@ def compare(
 ) -> dict[str, Any]:
     """Measure models on the same tokens and pair each with the first, the reference.
 
-    Arguments are those of ``evaluate``; ``kl`` is "full" or "topk" (the reference's ``top_k``
+    Arguments are those of ``evaluate``. ``kv`` is of every model but the first, which keeps its own:
+    so a model can be compared with itself. ``kl`` is "full" or "topk" (the reference's ``top_k``
     likeliest tokens and the rest as one bucket). Models run in lockstep if they fit in memory
     together, else one after another with ``kl="topk"``: ``mode`` and ``notes`` in the result say
     which. ``posttrain.compare`` is this and, with ``out``, the page of the result.
@@ -58,13 +61,17 @@ def compare(
     _check(models, kl, top_k, records)
     options = Options(text, window, stride, max_tokens, chat, records, progress)
     comparison = _Comparison(
-        [Subject.of(model, dtype) for model in models], options, Divergence(kl, top_k), seed
+        [Subject.of(model, dtype, kv=kv if i else None) for i, model in enumerate(models)],
+        options,
+        Divergence(kl, top_k),
+        seed,
     )
     comparison.score(generations)
     result = comparison.result()
     if sensitivity:
         comparison.add_sensitivity(result)
     extra = {
+        "kv": kv,
         "kl": kl,
         "top-k": top_k if kl == "topk" else None,
         "sensitivity": sensitivity,
@@ -121,7 +128,7 @@ class _Comparison:
             self.facts.append(subject.facts() | _from_report(report))
             self.caveats += subject.caveats()
             if generations:
-                self.answers[subject.name] = answers(subject.model, subject.tokenizer)
+                self.answers[subject.label] = answers(subject.model, subject.tokenizer, subject.kv)
 
         run = score_lockstep if self.lockstep else score_in_turn
         self.scores = run(
@@ -132,7 +139,7 @@ class _Comparison:
     def result(self) -> dict[str, Any]:
         return {
             "models": [
-                {"model": subject.name, **describe_scores(scores, self.windows), **facts}
+                {"model": subject.label, **describe_scores(scores, self.windows), **facts}
                 for subject, scores, facts in self._measured()
             ],
             "pairs": self._pairs(),
@@ -175,7 +182,7 @@ class _Comparison:
         return zip(self.subjects, self.scores, self.facts, strict=True)
 
     def _named_scores(self) -> list[tuple[str, Scores]]:
-        return [(subject.name, scores) for subject, scores, _ in self._measured()]
+        return [(subject.label, scores) for subject, scores, _ in self._measured()]
 
     def _pairs(self) -> list[dict[str, Any]]:
         (a, reference), *others = self._named_scores()

@@ -13,9 +13,9 @@ PROMPTS = (
 NEW_TOKENS = 48
 
 
-def answers(model: Any, tokenizer: Any) -> list[str]:
+def answers(model: Any, tokenizer: Any, kv: Any = None) -> list[str]:
     """Greedy answers to PROMPTS: through the chat template if there is one, as continuations of
-    the plain prompt if not."""
+    the plain prompt if not. ``kv``: what keys and values are kept in."""
     chat = bool(getattr(tokenizer, "chat_template", None))
     return [
         generate(
@@ -23,6 +23,7 @@ def answers(model: Any, tokenizer: Any) -> list[str]:
             tokenizer,
             [{"role": "user", "content": prompt}] if chat else prompt,
             max_new_tokens=NEW_TOKENS,
+            kv=kv,
         ).strip()
         for prompt in PROMPTS
     ]

@@ -46,9 +46,14 @@ def fits_together(subjects: list[Subject]) -> bool:
     return needed < MEMORY_SHARE * psutil.virtual_memory().available
 
 
+def _scorer(subject: Subject, windows: Windows, against: bool = False) -> Scorer:
+    model = subject.open()
+    return Scorer(model, subject.label, windows, against=against, runner=subject.engine())
+
+
 def score_one(subject: Subject, windows: Windows, progress: bool) -> Scores:
     """Scores of one model without a reference."""
-    scorer = Scorer(subject.open(), subject.name, windows)
+    scorer = _scorer(subject, windows)
     with _bar(len(windows), subject.name, progress) as bar:
         for batch in windows.batches(vocabulary(subject.model)):
             scorer(batch)
@@ -60,10 +65,7 @@ def score_lockstep(
     subjects: list[Subject], windows: Windows, divergence: Divergence, visit: Visit, progress: bool
 ) -> list[Scores]:
     """Scores of all models, the first being the reference, batch by batch."""
-    scorers = [
-        Scorer(subject.open(), subject.name, windows, against=i > 0)
-        for i, subject in enumerate(subjects)
-    ]
+    scorers = [_scorer(subject, windows, against=i > 0) for i, subject in enumerate(subjects)]
     with _bar(len(windows) * len(subjects), "compare", progress) as bar:
         for batch in windows.batches(vocabulary(subjects[0].model)):
             targets = scorers[0](batch, keep=divergence.keep())
@@ -84,7 +86,7 @@ def score_in_turn(
     scores = []
     with tempfile.TemporaryDirectory(prefix="posttrain-") as folder:
         for i, subject in enumerate(subjects):
-            scorer = Scorer(subject.open(), subject.name, windows, against=i > 0)
+            scorer = _scorer(subject, windows, against=i > 0)
             with _bar(len(windows), subject.name, progress) as bar:
                 for number, batch in enumerate(batches):
                     spool = Path(folder) / f"{number}.safetensors"

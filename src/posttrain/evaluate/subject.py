@@ -9,8 +9,10 @@ import psutil
 import torch
 
 from posttrain.errors import UserError
-from posttrain.lm.engine import scoring_engine
+from posttrain.lm.engine import Engine, scoring_engine, why_torch
 from posttrain.models.base import DTYPES
+from posttrain.models.kv import describe_kv, parse_kv
+from posttrain.numbers import Spec
 
 # Weights may fill this share of free memory; the rest is for logits, activations and others.
 MEMORY_SHARE = 0.6
@@ -25,21 +27,30 @@ EXPANDED_CAVEAT = (
 @dataclass
 class Subject:
     """``name`` as the user gave it; ``model`` is None while it is not in memory. ``given``: the
-    user loaded it, so it is not ours to close."""
+    user loaded it, so it is not ours to close. ``kv``: what its keys and values are kept in, None
+    for what the model says."""
 
     name: str
     dtype: str = "float32"
     model: Any = None
     tokenizer: Any = None
     given: bool = False
+    kv: Spec | None = None
 
     @classmethod
-    def of(cls, model: Any, dtype: str = "float32", tokenizer: Any = None) -> "Subject":
+    def of(
+        cls,
+        model: Any,
+        dtype: str = "float32",
+        tokenizer: Any = None,
+        kv: str | Spec | None = None,
+    ) -> "Subject":
         """From a name or path, or from a loaded transformers model, whose tokenizer is its
         ``.tokenizer`` (as ``posttrain.load`` leaves it) or the one given."""
+        keep = None if kv is None else parse_kv(kv)
         if isinstance(model, (str, Path)):
             _torch_dtype(dtype)
-            return cls(str(model), dtype, None, tokenizer)
+            return cls(str(model), dtype, None, tokenizer, kv=keep)
         if not isinstance(model, torch.nn.Module):
             raise UserError(f"a model is a path, a name or a loaded model, not {model!r:.80}")
         tokenizer = tokenizer or getattr(model, "tokenizer", None)
@@ -48,11 +59,21 @@ class Subject:
                             "or load it with posttrain.load")  # fmt: skip
         source = (getattr(model, "posttrain", None) or {}).get("source")
         name = getattr(model, "name_or_path", "") or source or type(model).__name__
-        return cls(name, _dtype_name(model.dtype), model.eval(), tokenizer, given=True)
+        return cls(name, _dtype_name(model.dtype), model.eval(), tokenizer, given=True, kv=keep)
 
     @property
     def loaded(self) -> bool:
         return self.model is not None
+
+    @property
+    def label(self) -> str:
+        """``name``, and the format of the cache where it was asked for: the same model may be
+        compared with itself."""
+        return self.name if self.kv is None else f"{self.name} (kv {self.kv})"
+
+    def engine(self) -> Engine:
+        """What scores the open model."""
+        return scoring_engine(self.model, self.kv)
 
     def open(self) -> Any:
         """The model, loaded now if it was not. Where the native decoder cannot score it, quantized
@@ -63,7 +84,7 @@ class Subject:
 
             roomy = self.memory_needed() < MEMORY_SHARE * psutil.virtual_memory().available
             self.model = load(self.name, dtype=_torch_dtype(self.dtype))
-            if roomy and scoring_engine(self.model).name == "torch":
+            if roomy and self.engine().name == "torch":
                 set_resident(self.model, "dequantized")
         if self.tokenizer is None:
             self.tokenizer = self.model.tokenizer
@@ -97,7 +118,8 @@ class Subject:
         """Size and implementation of the open model."""
         from posttrain.models.load import implementation, model_size
 
-        scorer = scoring_engine(self.model).name
+        runner = self.engine()
+        scorer = runner.name
         info = dict(getattr(self.model, "posttrain", None) or {})
         if not {"bits_per_weight", "bytes"} <= info.keys():
             info |= model_size(self.model)
@@ -107,6 +129,7 @@ class Subject:
         return found | {
             "dtype": _dtype_name(self.model.dtype),
             "implementation": implementation(self.model) if scorer == "torch" else scorer,
+            **describe_kv(runner.keeps(scoring=True), self.model.config),
         }
 
     def caveats(self) -> list[tuple[str, str]]:
@@ -116,9 +139,11 @@ class Subject:
         facts = self.facts()
         if "expanded_from" in facts:
             own.insert(0, EXPANDED_CAVEAT.format(**facts))
+        reason = why_torch(self.model, self.kv)
+        own += [] if reason is None else [reason]
         report = self.quantize_report()
         origin, inherited = str(report.get("model", self.name)), report.get("notes") or ()
-        return [*((self.name, note) for note in own), *((origin, note) for note in inherited)]
+        return [*((self.label, note) for note in own), *((origin, note) for note in inherited)]
 
     def quantize_report(self) -> dict[str, Any]:
         """What ``posttrain quantize`` measured when it wrote this checkpoint, or ``{}``."""

@@ -19,6 +19,7 @@ from posttrain.kernels import library
 from posttrain.kernels.library import ACTIVATIONS, CACHE_TYPES, Block, Model, Weight
 from posttrain.kernels.packed import PackedLinear, PackedWeight
 from posttrain.kernels.sampling import Sampling, drawn
+from posttrain.numbers import spec
 
 # Angles of positions [start, stop) for rope 0 or 1: [stop - start, rotary], cosines of rotary / 2
 # angles, then their sines.
@@ -33,7 +34,10 @@ _CACHE_DTYPES = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "int8": torch.int8,
+    "e4m3": torch.uint8,
+    "int4": torch.uint8,  # two codes to a byte
 }
+CODED = ("int8", "e4m3", "int4")  # codes under a float16 scale for every token and head
 
 
 @dataclass(frozen=True)
@@ -105,15 +109,16 @@ class Memory:
         capacity = -(-max(capacity, 2 * self.struct.capacity) // PANEL) * PANEL
         dims, blocks = self._decoder.dimensions, len(self._decoder.blocks)
         heads = (blocks, dims.kv_heads)
-        padded = -(-dims.head_size // PANEL) * PANEL
+        per = 2 if self.cache == "int4" else 1  # codes in an element
+        rows, padded = -(-dims.head_size // per), -(-dims.head_size // (per * PANEL)) * PANEL
         dtype = _CACHE_DTYPES[self.cache]
         fresh = {
-            "keys": torch.empty(*heads, capacity // PANEL, dims.head_size, PANEL, dtype=dtype),
+            "keys": torch.empty(*heads, capacity // PANEL, rows, PANEL, dtype=dtype),
             "values": torch.empty(*heads, capacity, padded, dtype=dtype),
         }
-        if self.cache == "int8":
-            fresh["key_scales"] = torch.empty(*heads, capacity)
-            fresh["value_scales"] = torch.empty(*heads, capacity)
+        if self.cache in CODED:
+            fresh["key_scales"] = torch.empty(*heads, capacity, dtype=torch.float16)
+            fresh["value_scales"] = torch.empty(*heads, capacity, dtype=torch.float16)
         for name, tensor in fresh.items():
             if name in self._tensors and self.length:
                 old = self._tensors[name]
@@ -128,6 +133,26 @@ class Memory:
         """Bytes that the tokens remembered so far take."""
         share = self.length / max(self.struct.capacity, 1)
         return int(share * sum(tensor.nbytes for tensor in self._tensors.values()))
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """The keys and the values remembered so far, as attention sees them: float32 [blocks,
+        kv_heads, tokens, head_size]."""
+        size, length = self._decoder.dimensions.head_size, self.length
+        keys, values = self._tensors["keys"], self._tensors["values"]
+        if self.cache == "int4":  # pairs of channels; runs of 2 x 16 channels
+            keys = _nibbles(keys).movedim(-1, -2).flatten(-3, -2)
+            values = (
+                _nibbles(values.reshape(*values.shape[:-1], -1, PANEL)).movedim(-1, -2).flatten(-3)
+            )
+        found = []
+        for name, tensor in (("key", keys.transpose(-2, -1).flatten(2, 3)), ("value", values)):
+            codes = tensor[:, :, :length, :size]
+            if self.cache not in CODED:
+                found.append(codes.float())
+                continue
+            scales = self._tensors[f"{name}_scales"][:, :, :length, None].float()
+            found.append(spec(self.cache).grid.decode(codes.contiguous()) * scales)
+        return found[0], found[1]
 
     def forget(self, length: int = 0) -> None:
         """Go back to the first `length` tokens."""
@@ -166,8 +191,9 @@ class Decoder:
     def memory(self, capacity: int = 256, cache: str = "fp16") -> Memory:
         """An empty sequence with room for `capacity` tokens; more as it grows.
 
-        cache: what keys and values are kept in: "fp32", "fp16", "bf16", or "int8" with one scale
-            per token and head.
+        cache: what keys and values are kept in: "fp32", "fp16", "bf16", or "int8", "e4m3" and
+            "int4" with one float16 scale for each token and head (`pt_cache_type` of
+            native/posttrain.h has the rounding: that of `numbers.quantize`).
         """
         return Memory(self, capacity, cache)
 
@@ -338,6 +364,12 @@ class Decoder:
             head=_pointer(self.head.weight),
             head_input=_one_input("head_input", (self.head,)),
         )
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """int8 [..., 2]: the lower and the upper nibble of every byte, signed."""
+    both = torch.stack([packed & 15, packed >> 4], dim=-1).to(torch.int8)
+    return (both ^ 8) - 8
 
 
 def _pointer(weight: PackedWeight) -> "ctypes._Pointer[Weight]":

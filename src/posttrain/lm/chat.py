@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import kernels
+from posttrain.lm.engine import engine, why_torch
 from posttrain.lm.local import Messages, generate
+from posttrain.models.decoding import no_cache
 from posttrain.models.direct import open_direct
+from posttrain.models.kv import describe_kv, parse_kv, stored_kv
+from posttrain.numbers import Spec
 
 Stream = Callable[[str], Any]
 
@@ -18,11 +22,14 @@ class Conversation:
     """Chat messages with a model; every question carries the history before it.
 
     `model` only generates where its files can be read without transformers (`models.direct`), else
-    it is the transformers model.
+    it is the transformers model. `kv` is what keys and values are kept in (see `engine`).
     """
 
-    def __init__(self, model: str | Path, *, system: str | None = None) -> None:
-        self.model = _open(model)
+    def __init__(
+        self, model: str | Path, *, system: str | None = None, kv: str | None = None
+    ) -> None:
+        self.kv = None if kv is None else parse_kv(kv)
+        self.model = _open(model, self.kv)
         self._system: Messages = [{"role": "system", "content": system}] if system else []
         self.reset()
 
@@ -36,16 +43,28 @@ class Conversation:
         Where no answer comes (an error, an interruption) the history stays as it was.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
-        answer = generate(self.model, self.model.tokenizer, asked, stream=stream, **sampling)
+        answer = generate(
+            self.model, self.model.tokenizer, asked, kv=self.kv, stream=stream, **sampling
+        )
         self.messages = [*asked, {"role": "assistant", "content": answer}]
         return answer
 
+    def facts(self) -> dict[str, Any]:
+        """What computes, what keys and values are kept in, and what to know of that."""
+        runner = engine(self.model, self.kv)
+        reason = why_torch(self.model, self.kv)
+        return {
+            "implementation": runner.name,
+            **describe_kv(runner.keeps(), self.model.config),
+            "notes": [] if reason is None else [reason],
+        }
 
-def _open(model: str | Path) -> Any:
+
+def _open(model: str | Path, kv: Spec | None) -> Any:
     """The model, ready to answer. Where PyTorch has to run it, its weights are expanded if memory
     allows: expanding them again for every token costs far more than the token itself."""
     direct = open_direct(model)
-    if direct is not None:
+    if direct is not None and no_cache(kv or stored_kv(direct.config)) is None:
         return direct
     import psutil
 
@@ -53,7 +72,7 @@ def _open(model: str | Path) -> Any:
 
     loaded = load(model)
     needed = loaded.posttrain["parameters"] * loaded.dtype.itemsize
-    if kernels.available():
+    if kernels.available() and why_torch(loaded, kv) is None:
         set_resident(loaded, "native")
     elif needed < MEMORY_SHARE * psutil.virtual_memory().available:
         set_resident(loaded, "dequantized")
@@ -72,6 +91,7 @@ def chat(
     repetition_penalty: float = 1.0,
     max_new_tokens: int = 256,
     seed: int = 0,
+    kv: str | None = None,
     stream: Stream | None = None,
 ) -> dict[str, Any]:
     """Ask `model` one thing.
@@ -87,15 +107,19 @@ def chat(
         repetition_penalty: above 1 makes tokens that occurred less likely.
         max_new_tokens: longest answer, in tokens.
         seed: of the sampling.
+        kv: what keys and values are kept in: int8, fp8, int4 (one scale for each token and head),
+            fp16, fp32, or any number format of rows; None: what the model says, else fp16.
         stream: called with each new piece of the answer.
 
     Returns:
         `{"model", "prompt", "answer", "seconds"}`; the seconds are of the answer, not of loading.
+        Then `implementation`, `kv` (the format of the cache), `kv_bits_per_value` (scales included),
+        `kv_bytes_per_token` (of context) and `notes`.
 
     Raises:
-        UserError: no such model, or one without a chat template.
+        UserError: no such model or format, or a model without a chat template.
     """
-    talk = Conversation(model, system=system)
+    talk = Conversation(model, system=system, kv=kv)
     started = time.monotonic()
     answer = talk.say(
         prompt,
@@ -109,4 +133,5 @@ def chat(
         seed=seed,
     )
     seconds = time.monotonic() - started
-    return {"model": str(model), "prompt": prompt, "answer": answer, "seconds": seconds}
+    found = {"model": str(model), "prompt": prompt, "answer": answer, "seconds": seconds}
+    return found | talk.facts()

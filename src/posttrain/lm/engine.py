@@ -1,8 +1,11 @@
 """Run a loaded model: on the native decoder where it knows the architecture, else in PyTorch.
 
 Both engines offer the same: sessions that are fed tokens and remember them, several at once, and
-give logits in float32, or draw the next token. `engine(model)` chooses; what it made is kept as long as the model is, and
-made anew when the model's weights have changed.
+give logits in float32, or draw the next token. `engine(model)` chooses; what it made is kept as long as
+the model is, and made anew when the model's weights have changed.
+
+Keys and values are kept in the format `kv` (see `models.kv`) that was asked for, or that the model's
+config names. The native decoder keeps them packed where it knows the format; PyTorch rounds to any.
 """
 
 import inspect
@@ -14,26 +17,36 @@ import torch
 from torch import Tensor
 
 from posttrain import kernels
+from posttrain.errors import UserError
 from posttrain.kernels import Decoder, Memory, Sampling
-from posttrain.models.decoding import decoder, no_decoder
+from posttrain.models.decoding import CACHES, decoder, no_cache, no_decoder
 from posttrain.models.direct import DirectModel
+from posttrain.models.kv import parse_kv, stored_kv
 from posttrain.models.linear import QuantLinear, on_kernels
+from posttrain.numbers import Spec, spec
 
 Tokens = Sequence[int]
 
 AT_ONCE = 8  # sequences generated side by side
+WIDE = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 class Engine(Protocol):
-    """A model that can be fed."""
+    """A model that can be fed. `kv`: the format that keys and values are kept in, or None for what
+    suits the engine."""
+
+    kv: Spec | None
 
     @property
     def name(self) -> str:
         """What computes: an instruction set, or "torch"."""
 
+    def keeps(self, scoring: bool = False) -> Spec:
+        """What keys and values are kept in, when generating or when scoring."""
+
     def session(self, capacity: int = 256, cache: str = "fp16") -> Any:
-        """An empty sequence; `capacity` is a hint, `cache` the format of keys and values where the
-        engine has a choice."""
+        """An empty sequence; `capacity` is a hint, `cache` what keys and values are kept in where
+        `kv` does not say and the engine has a choice."""
 
     def forward(self, feeds: Sequence[tuple[Any, Tokens]], keep: int | None = 1) -> Tensor:
         """Feed sessions; float32 logits [kept tokens, vocabulary] after the last `keep` tokens of
@@ -54,17 +67,23 @@ class Engine(Protocol):
 
 
 class NativeEngine:
-    """The native decoder of a model."""
+    """The native decoder of a model. Raises UserError for a `kv` that it cannot keep."""
 
-    def __init__(self, native: Decoder) -> None:
-        self.decoder = native
+    def __init__(self, native: Decoder, kv: Spec | None = None) -> None:
+        reason = no_cache(kv)
+        if reason is not None:
+            raise UserError(reason)
+        self.decoder, self.kv = native, kv
 
     @property
     def name(self) -> str:
         return kernels.isa()
 
+    def keeps(self, scoring: bool = False) -> Spec:
+        return self.kv or spec("fp32" if scoring else "fp16")
+
     def session(self, capacity: int = 256, cache: str = "fp16") -> Memory:
-        return self.decoder.memory(capacity, cache)
+        return self.decoder.memory(capacity, cache if self.kv is None else CACHES[str(self.kv)])
 
     def forward(self, feeds: Sequence[tuple[Memory, Tokens]], keep: int | None = 1) -> Tensor:
         return self.decoder.forward(feeds, keep)
@@ -87,11 +106,20 @@ class NativeEngine:
 class TorchSession:
     """A transformers cache, and how many tokens went into it."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, kv: Spec | None = None) -> None:
+        self.cache = new_cache(config, kv)
+        self.length = 0
+
+
+def new_cache(config: Any, kv: Spec | None) -> Any:
+    """An empty transformers cache that keeps keys and values in `kv` (None: as they are)."""
+    if kv is None:
         from transformers import DynamicCache
 
-        self.cache = DynamicCache(config=config)
-        self.length = 0
+        return DynamicCache(config=config)
+    from posttrain.lm.rounded import RoundedCache
+
+    return RoundedCache(config, kv)
 
 
 class TorchEngine:
@@ -100,12 +128,15 @@ class TorchEngine:
 
     name = "torch"
 
-    def __init__(self, model: Any, kernels: bool = True) -> None:
-        self.model = model
+    def __init__(self, model: Any, kernels: bool = True, kv: Spec | None = None) -> None:
+        self.model, self.kv = model, kv
         self._layers = [m for m in model.modules() if kernels and type(m) is QuantLinear]
 
+    def keeps(self, scoring: bool = False) -> Spec:
+        return self.kv or spec(WIDE.get(self.model.dtype, "fp32"))
+
     def session(self, capacity: int = 256, cache: str = "fp16") -> TorchSession:
-        return TorchSession(self.model.config)
+        return TorchSession(self.model.config, self.kv)
 
     @torch.inference_mode()
     def forward(self, feeds: Sequence[tuple[TorchSession, Tokens]], keep: int | None = 1) -> Tensor:
@@ -117,6 +148,8 @@ class TorchEngine:
                 logits = last_logits(
                     self.model, tokens, wanted, past_key_values=session.cache, use_cache=True
                 )
+            if self.kv is not None:
+                session.cache.check_used(self.model)
             session.length += len(ids)
             rows.append(logits[0].float().cpu())
         return torch.cat(rows)
@@ -131,7 +164,13 @@ class TorchEngine:
         return [sampling.draw(logits, text) for sampling, logits, text in rows]
 
     def window_logits(self, windows: Tensor, count: int, rows: int) -> Iterator[Tensor]:
-        logits = last_logits(self.model, windows, count, use_cache=False)[:, :-1]
+        options: dict[str, Any] = {"use_cache": False}
+        if self.kv is not None:  # attention sees what came back from the cache
+            cache = new_cache(self.model.config, self.kv)
+            options = {"use_cache": True, "past_key_values": cache}
+        logits = last_logits(self.model, windows, count, **options)[:, :-1]
+        if self.kv is not None:
+            cache.check_used(self.model)
         for window in logits:
             yield from (part.float() for part in window.split(rows))
 
@@ -145,27 +184,49 @@ def last_logits(model: Any, ids: Tensor, count: int, **options: Any) -> Tensor:
     return logits[:, logits.shape[1] - count :]
 
 
-_made: "WeakKeyDictionary[Any, tuple[Any, NativeEngine]]" = WeakKeyDictionary()
+_made: "WeakKeyDictionary[Any, tuple[Any, dict[str, NativeEngine]]]" = WeakKeyDictionary()
 
 
-def engine(model: Any) -> Engine:
-    """The engine to run `model` on. The first call on a quantized model repacks its codes."""
+def engine(model: Any, kv: str | Spec | None = None) -> Engine:
+    """The engine to run `model` on. The first call on a quantized model repacks its codes.
+
+    kv: what keys and values are kept in (see `models.kv`); None is what the model's config says, or
+        the engine's own choice. A format that no kernel keeps means PyTorch (see `why_torch`).
+    """
+    wanted = _format(model, kv)
     if isinstance(model, DirectModel):
-        return NativeEngine(model.decoder)
-    if no_decoder(model) is not None:
-        return TorchEngine(model)
+        return NativeEngine(model.decoder, wanted)
+    if no_decoder(model) is not None or no_cache(wanted) is not None:
+        return TorchEngine(model, kv=wanted)
+    state, by_format = _state(model), str(wanted)
     kept = _made.get(model)
-    if kept is not None and kept[0] == _state(model):
-        return kept[1]
-    made = NativeEngine(decoder(model))
-    _made[model] = _state(model), made
-    return made
+    if kept is None or kept[0] != state:
+        kept = _made[model] = state, {by_format: NativeEngine(decoder(model), wanted)}
+    engines = kept[1]
+    if by_format not in engines:  # the same decoder, whatever it keeps
+        engines[by_format] = NativeEngine(next(iter(engines.values())).decoder, wanted)
+    return engines[by_format]
 
 
-def scoring_engine(model: Any) -> Engine:
+def scoring_engine(model: Any, kv: str | Spec | None = None) -> Engine:
     """The engine to score `model` with: the native decoder, which computes in float32, only where
     that is what the model itself computes in."""
-    return engine(model) if model.dtype == torch.float32 else TorchEngine(model)
+    if model.dtype == torch.float32:
+        return engine(model, kv)
+    return TorchEngine(model, kv=_format(model, kv))
+
+
+def why_torch(model: Any, kv: str | Spec | None = None) -> str | None:
+    """Why the format of keys and values keeps `model` from the native decoder, which knows it
+    otherwise; None where it does not."""
+    reason = no_cache(_format(model, kv))
+    if reason is None or (not isinstance(model, DirectModel) and no_decoder(model) is not None):
+        return None
+    return f"{reason}, so PyTorch computes, which is slower"
+
+
+def _format(model: Any, kv: str | Spec | None) -> Spec | None:
+    return stored_kv(model.config) if kv is None else parse_kv(kv)
 
 
 def _state(model: Any) -> Any:

@@ -15,6 +15,7 @@ from posttrain.errors import UserError
 from posttrain.kernels import Sampling
 from posttrain.lm.engine import AT_ONCE, continuations, engine
 from posttrain.lm.tokens import generate_tokens, is_text
+from posttrain.numbers import Spec
 
 Messages = list[dict[str, str]]
 Prompt = str | Messages
@@ -53,7 +54,7 @@ def generate_with(self: Any, inputs: Any = None, **options: Any) -> Any:
     inputs: a string or chat messages, giving a string; a list of those, giving a list; or token
         ids, given and returned as ``transformers`` does.
     options: for text, those of `generate` (max_new_tokens, temperature, top_k, top_p, min_p,
-        repetition_penalty, seed, stream); for token ids, those of ``transformers``.
+        repetition_penalty, seed, kv, stream); for token ids, those of ``transformers``.
 
     Text runs on the native decoder where it knows the model, else in PyTorch. Token ids run there
     too where the options are among those above, do_sample, eos_token_id and pad_token_id; any other
@@ -76,6 +77,7 @@ def generate(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     seed: int = 0,
+    kv: str | Spec | None = None,
     stream: Callable[[str], Any] | None = None,
 ) -> Any:
     """The model's continuation of a prompt, or its answer to chat messages.
@@ -84,7 +86,7 @@ def generate(
     chat template; or a list of such prompts, which are answered side by side, in a list, each as if
     it were alone. ``temperature=0`` is greedy; the rule of sampling is in `kernels.sampling`.
     Generation ends at an end-of-text or end-of-turn token, which is not part of the answer, or
-    after ``max_new_tokens``. ``stream`` (for one prompt) is called with each new piece of text; the
+    after ``max_new_tokens``. ``kv`` is what keys and values are kept in (see `engine`). ``stream`` (for one prompt) is called with each new piece of text; the
     pieces join to the returned string.
     """
     if max_new_tokens < 1:
@@ -98,7 +100,7 @@ def generate(
     stops = stop_tokens(model, tokenizer)
     answers: list[list[int]] = [[] for _ in prompts]
     text = ""
-    steps = continuations(engine(model), ids, [sampling] * len(ids), AT_ONCE, max_new_tokens)
+    steps = continuations(engine(model, kv), ids, [sampling] * len(ids), AT_ONCE, max_new_tokens)
     for index, token, stop in steps:
         if token in stops:
             stop()

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from posttrain.errors import UserError
 from posttrain.kernels import Sampling
-from posttrain.lm.engine import AT_ONCE, TorchEngine, continuations, engine
+from posttrain.lm.engine import AT_ONCE, TorchEngine, continuations, engine, new_cache
+from posttrain.numbers import Spec
 
 # Options of transformers' generate that mean the same here; with any other it runs itself.
 KNOWN = {
@@ -33,16 +34,25 @@ def generate_tokens(model: Any, inputs: Any, options: dict[str, Any]) -> Any:
     ids = options.get("input_ids")
     runner = engine(model)
     if not isinstance(ids, Tensor) or set(options) - KNOWN or isinstance(runner, TorchEngine):
-        return type(model).generate(model, **options)
+        return _theirs(model, options, runner.kv)
     settled = _settled(model, options)
     if settled is None:
-        return type(model).generate(model, **options)
+        return _theirs(model, options, runner.kv)
     prompts = _prompts(ids, options.get("attention_mask"))
     new = _continue(runner, prompts, settled)
     width = max(len(part) for part in new)
     pad = settled["pad_token_id"]
     rows = [torch.tensor(part + [pad] * (width - len(part))) for part in new]
     return torch.cat([ids.reshape(len(new), -1), torch.stack(rows).to(ids.dtype)], dim=1)
+
+
+def _theirs(model: Any, options: dict[str, Any], kv: Spec | None) -> Any:
+    """What ``transformers``' own loop gives, with keys and values in the format of the model unless
+    the call says how it wants them kept."""
+    own = {"past_key_values", "cache_implementation"} & set(options)
+    if kv is not None and not own and options.get("use_cache", True):
+        options = options | {"past_key_values": new_cache(model.config, kv)}
+    return type(model).generate(model, **options)
 
 
 def _settled(model: Any, options: Mapping[str, Any]) -> dict[str, Any] | None:

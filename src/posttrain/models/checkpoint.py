@@ -27,7 +27,7 @@ from posttrain.models.directory import MARKER
 from posttrain.models.plan import LayerPlan, shorten
 from posttrain.models.shards import StoredTensor, read_header
 from posttrain.models.walk import skeleton, tied_head
-from posttrain.numbers import QTensor
+from posttrain.numbers import QTensor, Spec
 
 # Shards are written here and moved out whole: safetensors leaves files of its own when it is killed.
 PARTS = ".posttrain-parts"
@@ -52,8 +52,15 @@ class Format:
     dtype: torch.dtype | None = None
 
 
-def choose_format(layers: Mapping[str, LayerPlan], shapes: Shapes) -> Format:
-    """compressed-tensors when its schema can say every layer, else our own format, and why."""
+def choose_format(
+    layers: Mapping[str, LayerPlan], shapes: Shapes, kv: Spec | None = None
+) -> Format:
+    """compressed-tensors when its schema can say every layer and the KV cache, else our own format,
+    and why."""
+    try:
+        compressed_tensors.express_kv(kv)
+    except compressed_tensors.NotExpressible as error:
+        return Format("posttrain", f"the KV cache ({kv}): {error}")
     dtypes: set[torch.dtype | None] = set()
     for name, layer in layers.items():
         try:
@@ -73,6 +80,7 @@ class CheckpointWriter:
     source: the model being quantized (its config, tokenizer and side files are carried over).
     layers: what `Plan.resolve` decided. shapes: weight shape of every layer in it.
     n_shards: how many `write_shard` calls there will be (decoder blocks plus one for the rest).
+    kv: what the KV cache is to be kept in, or None.
     """
 
     def __init__(
@@ -82,12 +90,14 @@ class CheckpointWriter:
         layers: Mapping[str, LayerPlan],
         shapes: Shapes,
         n_shards: int,
+        kv: Spec | None = None,
     ) -> None:
         self.out_dir = Path(out_dir)
         self.source = source
         self.layers = dict(layers)
         self.shapes = dict(shapes)
         self.n_shards = n_shards
+        self.kv = kv
         self._model = skeleton(source.config)
         tied = tied_head(self._model)
         self._tied = tied if tied is not None and tied[0] in self.layers else None
@@ -168,7 +178,9 @@ class CheckpointWriter:
         config["dtype"] = str(self.format.dtype or self.source.config.dtype).removeprefix("torch.")
         config["architectures"] = [type(self._model).__name__]
         schema = _SCHEMAS[self.format.name]
-        config["quantization_config"] = schema.config(self.layers, self.shapes, self._model)
+        config["quantization_config"] = schema.config(
+            self.layers, self.shapes, self._model, self.kv
+        )
         if self._tied is not None:  # no longer two names of one parameter
             config["tie_word_embeddings"] = False
         return config
@@ -178,7 +190,7 @@ class CheckpointWriter:
         return _Written(self)
 
     def _choose_format(self) -> Format:
-        found = choose_format(self.layers, self.shapes)
+        found = choose_format(self.layers, self.shapes, self.kv)
         if self._tied is not None:
             return Format("posttrain", f"{self._tied[0]} is quantized and tied with the embedding")
         rebuilt = compressed_tensors.rebuilt_by_its_reader(self._model)
@@ -279,7 +291,7 @@ class _Schema:
     """The two functions a checkpoint format needs for writing."""
 
     store: Callable[[str, QTensor, LayerPlan], dict[str, torch.Tensor]]
-    config: Callable[[Mapping[str, LayerPlan], Shapes, torch.nn.Module], dict[str, Any]]
+    config: Callable[..., dict[str, Any]]
 
 
 _SCHEMAS = {

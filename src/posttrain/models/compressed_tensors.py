@@ -103,6 +103,13 @@ def chain(spec: Spec) -> str:
     return f"{spec.grid.name} | {scales}"
 
 
+def express_kv(kv: Spec | None) -> None:
+    """Raises NotExpressible for any format of the KV cache: `kv_cache_scheme` has one static scale
+    per tensor or head (`k_scale`, `v_scale`), and dynamic ones over all tokens of a call."""
+    if kv is not None:
+        raise NotExpressible("its kv_cache_scheme has no scale for each token and head")
+
+
 def _block_scheme(row: Block, inputs: dict[str, Any] | None, columns: int) -> Scheme:
     if columns % row.group:
         raise NotExpressible(f"groups of {row.group} do not divide {columns} inputs")
@@ -190,9 +197,13 @@ def _args(bits: int, kind: str, strategy: str, **rest: Any) -> dict[str, Any]:
 
 
 def quantization_config(
-    layers: Mapping[str, LayerPlan], shapes: Mapping[str, tuple[int, ...]], model: nn.Module
+    layers: Mapping[str, LayerPlan],
+    shapes: Mapping[str, tuple[int, ...]],
+    model: nn.Module,
+    kv: Spec | None = None,
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json. `model`: the skeleton, to list what is ignored."""
+    express_kv(kv)
     groups = _groups(layers, shapes)
     formats = sorted({scheme.format for scheme, _ in groups})
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

@@ -19,6 +19,7 @@ from posttrain.kernels.decoder import Angles
 from posttrain.kernels.packed import PackedWeight
 from posttrain.models.linear import QuantLinear, TiedEmbedding
 from posttrain.models.memory import trim
+from posttrain.numbers import Spec
 
 # Blocks of a residual stream with RMS norms, rotary embeddings in halves, grouped queries and a
 # gated feed-forward layer, under the module names of Llama.
@@ -41,6 +42,11 @@ ACTIVATIONS = {
 LINEARS = {
     "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
     "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+}  # fmt: skip
+# Formats of the KV cache that the decoder keeps (see `kv`) -> its names for them.
+CACHES = {
+    "fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8 | fp16/row": "int8",
+    "e4m3 | fp16/row": "e4m3", "int4 | fp16/row": "int4",
 }  # fmt: skip
 # Scalings whose angles depend on how long the sequence is.
 CHANGING_ROPES = ("dynamic", "longrope")
@@ -206,6 +212,13 @@ def _unfit(module: nn.Module, architecture: str, activation: str) -> str | None:
     elif hasattr(module, "act_fn") and type(module.act_fn) is not type(ACT2FN[activation]):
         return f"its activation is {type(module.act_fn).__name__}"
     return None
+
+
+def no_cache(kv: Spec | None) -> str | None:
+    """Why a decoder cannot keep keys and values in this format, or None where it can."""
+    if kv is None or str(kv) in CACHES:
+        return None
+    return f"no kernel keeps a KV cache in {kv} (there are {', '.join(CACHES)})"
 
 
 def decoder(model: Any) -> Decoder:

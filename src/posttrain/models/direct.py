@@ -116,6 +116,7 @@ def open_direct(model: str | Path) -> DirectModel | None:
 def _open(path: Path) -> DirectModel:
     raw = read_config_file(path)
     config = read_fields(raw)
+    config.quantization_config = raw.get("quantization_config")  # for the format of the KV cache
     decoder = read_decoder(path, raw, config)
     ends = path / "generation_config.json"
     generation = json.loads(ends.read_text(encoding="utf-8")) if ends.is_file() else {}

@@ -12,6 +12,7 @@ A group whose inputs are rotated also has `"rotate": "hadamard.v1"` (see `rotati
 are stored rotated. `"outliers": 6.0`: channels of the input that reach this magnitude are spared.
 `"branches": [{"name": "lowrank", "rank": 8, "weight": "fp16", "start": "svd"}]`: what is added to the
 product (see `branches`); branch i of a module has its tensors under `<module>.branches.<i>.`.
+`"kv": "int8 | fp16/row"` beside the groups: what the KV cache is to be kept in (see `kv`).
 
 Weights are stored as `storage` says; for a linear layer, W is `<module>.weight`; for experts, a 3-D
 parameter with the reduction axis last.
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from posttrain.errors import UserError, did_you_mean
 from posttrain.models.branches import branch_dict, make_branch
+from posttrain.models.kv import parse_kv
 from posttrain.models.plan import LayerPlan
 from posttrain.models.storage import LAYOUT, Shape, pack_qtensor
 from posttrain.models.walk import tied_head
@@ -35,7 +37,7 @@ from posttrain.numbers import QTensor, Spec
 
 METHOD = "posttrain"
 VERSION = 1
-CONFIG_KEYS = ("quant_method", "version", "layout", "groups", "tied")
+CONFIG_KEYS = ("quant_method", "version", "layout", "groups", "tied", "kv")
 GROUP_KEYS = ("weight", "input", "modules", "rotate", "outliers", "branches")
 ROTATION = "hadamard.v1"
 
@@ -51,7 +53,10 @@ def weight_name(name: str, shape: Shape) -> str:
 
 
 def quantization_config(
-    layers: Mapping[str, LayerPlan], shapes: Mapping[str, Shape], model: nn.Module
+    layers: Mapping[str, LayerPlan],
+    shapes: Mapping[str, Shape],
+    model: nn.Module,
+    kv: Spec | None = None,
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
     groups: dict[LayerPlan, list[str]] = {}
@@ -73,6 +78,8 @@ def quantization_config(
             for layer, names in groups.items()
         ],
     }
+    if kv is not None:
+        found["kv"] = str(kv)
     tied = tied_head(model)
     if tied is not None and tied[0] in layers:
         head, embedding = tied
@@ -104,6 +111,8 @@ def read_config(config: Mapping[str, Any], where: str) -> dict[str, LayerPlan]:
     _check_keys(config, CONFIG_KEYS, where)
     if config.get("layout") != LAYOUT:
         raise UserError(f"{where}: unknown layout {config.get('layout')!r}; known: {LAYOUT}")
+    if config.get("kv") is not None:
+        parse_kv(config["kv"], f"{where}.kv")
     groups = config.get("groups")
     if not isinstance(groups, list):
         raise UserError(f"{where}: 'groups' must be a list; found {groups!r}")

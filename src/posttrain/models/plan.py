@@ -7,10 +7,12 @@ writes in a recipe:
       - {match: "*", weight: "int6 | fp16/g64", input: "int8h | fp32/row"}
       - {match: "*.down_proj", weight: "int8 | fp16/g64", input: "int8h | fp32/row", rotate: true}
     ignore: ["model.layers.0.*"]
+    kv: "int8 | fp16/row"
 
 `match` and `ignore` are shell globs over full module names (`*` also crosses dots). The last rule
 that matches a layer wins; `ignore` beats every rule. A layer that nothing matches is an error, and
-so are layers that runtimes fuse (q/k/v, gate/up) but the Plan treats differently.
+so are layers that runtimes fuse (q/k/v, gate/up) but the Plan treats differently. `kv` is what the
+KV cache is kept in (see `kv`); left out, the model says nothing of it.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ from typing import Any
 
 from posttrain.errors import UserError, did_you_mean
 from posttrain.models.branches import BranchPlan, branch_dict, make_branch
+from posttrain.models.kv import parse_kv
 from posttrain.models.walk import fusion_groups
 from posttrain.numbers import Spec, spec
 
 RULE_KEYS = ("match", "weight", "input", "rotate", "outliers", "branches")
-PLAN_KEYS = ("layers", "ignore")
+PLAN_KEYS = ("layers", "ignore", "kv")
 LISTED = 8  # names spelled out in an error before "and N more"
 
 
@@ -66,10 +69,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Plan:
-    """Ordered rules and the list of layers left alone."""
+    """Ordered rules, the list of layers left alone, and the format of the KV cache."""
 
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = ()
+    kv: Spec | None = None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
@@ -82,7 +86,12 @@ class Plan:
                 '{match: "*", weight: "int6 | fp16/g64"}; found ' + repr(layers)
             )
         rules = tuple(_rule(entry, f"plan: layers[{i}]") for i, entry in enumerate(layers))
-        return cls(rules, _globs(data.get("ignore") or (), "plan: ignore"))
+        kv = data.get("kv")
+        return cls(
+            rules,
+            _globs(data.get("ignore") or (), "plan: ignore"),
+            None if kv is None else parse_kv(kv, "plan: kv"),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The dictionary form: canonical spec texts, keys that are unset left out."""
@@ -98,7 +107,8 @@ class Plan:
             if rule.branches:
                 entry["branches"] = list(map(branch_dict, rule.branches))
             layers.append(entry)
-        return {"layers": layers, "ignore": list(self.ignore)}
+        kv = {} if self.kv is None else {"kv": str(self.kv)}
+        return {"layers": layers, "ignore": list(self.ignore), **kv}
 
     def resolve(self, names: Iterable[str]) -> dict[str, LayerPlan]:
         """Decide every layer in `names`, in their order; ignored layers are absent.

@@ -132,7 +132,9 @@ def prepare(
         stream=stream,
         targets=targets,
         layers=layers,
-        writer=CheckpointWriter(out, source, layers, shapes, len(stream.blocks) + 1),
+        writer=CheckpointWriter(
+            out, source, layers, shapes, len(stream.blocks) + 1, settings.plan.kv
+        ),
         windows=seen if settings.sees_text else nothing,
         text=text,
         budget=_activation_budget(memory_budget),

@@ -9,14 +9,16 @@ from typing import Any
 import yaml
 
 from posttrain.errors import UserError, did_you_mean
-from posttrain.models.plan import Plan
+from posttrain.models.plan import PLAN_KEYS, Plan
 from posttrain.quantize.distill import Distillation
 from posttrain.quantize.solvers import Solver, make_solver
 from posttrain.quantize.transforms import Transform, make_transform
 
 SHIPPED = files("posttrain") / "recipes"
 NO_TRANSFORM = "none"
-KEYS = ("name", "description", "layers", "ignore", "transform", "solver", "distill", "calibration")
+KEYS = (
+    "name", "description", "layers", "ignore", "kv", "transform", "solver", "distill", "calibration",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def parse_recipe(text: str, where: str) -> QuantRecipe:
     return QuantRecipe(
         name=str(data.get("name", Path(where).stem)),
         description=str(data.get("description", "")).strip(),
-        plan=_plan({key: data[key] for key in ("layers", "ignore") if key in data}, where),
+        plan=_plan({key: data[key] for key in PLAN_KEYS if key in data}, where),
         transform=_transform(data.get("transform"), f"{where}: transform"),
         solver=_made(make_solver, data.get("solver", "rtn"), f"{where}: solver"),
         distill=_distill(data.get("distill"), f"{where}: distill"),

@@ -20,7 +20,7 @@ import numpy as np
 
 from posttrain import kernels
 from posttrain.errors import UserError, did_you_mean
-from posttrain.models import native
+from posttrain.models import storage
 from posttrain.models.plan import LayerPlan, Plan, Rule
 from posttrain.numbers import Spec
 from posttrain.numbers import spec as parse_spec
@@ -191,7 +191,7 @@ class Sizes:
         return sum(self._layer(weight, shape) for shape in group.shapes)
 
     def _layer(self, weight: Spec, shape: tuple[int, ...]) -> int:
-        parts = native.layout("weight", weight, shape).values()
+        parts = storage.layout("weight", weight, shape).values()
         nbytes = sum(math.prod(size) * dtype.itemsize for size, dtype in parts)
         if self.padded:
             nbytes += (WORD - 1) * math.prod(shape[:-1]) + SHAPE_BYTES

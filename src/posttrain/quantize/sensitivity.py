@@ -38,7 +38,7 @@ from posttrain.models.plan import LayerPlan
 from posttrain.models.rotation import rotate
 from posttrain.models.walk import Target, decoder_blocks, fusion_groups
 from posttrain.numbers import GRIDS, Spec
-from posttrain.quantize.solvers import RTN, Problem, Solver
+from posttrain.quantize.solvers import RTN, BlockSolver, LinearSolver, Problem, Solver
 from posttrain.quantize.transforms import Smoothing, Transform
 
 CHEAP, EXACT = SCANS = ("cheap", "exact")
@@ -126,7 +126,7 @@ class Scan:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.solver.calibrated:
+        if self.solver.calibrated or isinstance(self.solver, BlockSolver):
             self.solver = RTN()
 
     # ----------------------------------------------------------------------------------- cheap
@@ -265,6 +265,7 @@ class Scan:
         """The weight that this format makes of it; where rows do not depend on each other a part at
         a time, so that the workspace of an output head stays small."""
         count = max(1, PART // math.prod(weight.shape[1:])) if spec.by_rows else len(weight)
+        assert isinstance(self.solver, LinearSolver)
         parts = [self.solver.solve(Problem(part, spec)) for part in weight.split(count)]
         return torch.cat([part.dequantize() for part in parts])
 

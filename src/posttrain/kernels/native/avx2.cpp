@@ -192,6 +192,21 @@ INLINE I32 load_i8(const int8_t *from) {
   return {{_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)),
            _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(from + 8)))}};
 }
+/* E4M3 codes, whose values come out times 2^-8: the fields, moved to those of float16, mean that
+ * there, and its subnormals cost nothing. */
+INLINE F32 load_e4m3(const uint8_t *from) {
+  __m256i words = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)from)), 7);
+  words = _mm256_and_si256(words, _mm256_set1_epi16((short)0xbfff));
+  return {{_mm256_cvtph_ps(_mm256_castsi256_si128(words)), _mm256_cvtph_ps(_mm256_extracti128_si256(words, 1))}};
+}
+/* The lower or upper nibbles of 16 bytes, signed. */
+INLINE F32 load_nibbles(const uint8_t *from, bool upper) {
+  const __m128i eight = _mm_set1_epi8(8);
+  __m128i bytes = _mm_loadu_si128((const __m128i *)from);
+  bytes = _mm_and_si128(upper ? _mm_srli_epi16(bytes, 4) : bytes, _mm_set1_epi8(15));
+  bytes = _mm_sub_epi8(_mm_xor_si128(bytes, eight), eight);
+  return to_f32({{_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))}});
+}
 /* Lanes begin <= i < end of v; others are `other`. */
 INLINE F32 within(F32 v, int64_t begin, int64_t end, float other) {
   const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);

@@ -174,11 +174,20 @@ float log_partition(const float *x, int64_t n) {
 
 /* --------------------------------------------------------------------- the cache of one head */
 
-/* 16 elements of a cache of `Type`; those of PT_I8 are codes. */
+/* Of a cache that holds codes: the values they stand for are code times scale. */
+INLINE constexpr bool holds_codes(int type) { return type >= PT_CACHE_I8; }
+
+/* What the codes of `Type` are multiplied with besides their scale (load_e4m3). */
+INLINE constexpr float unit_of(int type) { return type == PT_CACHE_E4M3 ? 256.0f : 1.0f; }
+
+/* 16 elements of a cache of `Type` from element `at` on; those of PT_CACHE_I4 are halves of 16 bytes
+ * from byte `at` on. */
 template <int Type>
-INLINE F32 load_cached(const void *cache, int64_t at) {
+INLINE F32 load_cached(const void *cache, int64_t at, bool upper = false) {
   if constexpr (Type == PT_CACHE_F32) return load_floats((const float *)cache + at);
   else if constexpr (Type == PT_CACHE_I8) return to_f32(load_i8((const int8_t *)cache + at));
+  else if constexpr (Type == PT_CACHE_E4M3) return load_e4m3((const uint8_t *)cache + at);
+  else if constexpr (Type == PT_CACHE_I4) return load_nibbles((const uint8_t *)cache + at, upper);
   else return load_halves<Type == PT_CACHE_F16>((const uint16_t *)cache + at);
 }
 
@@ -189,28 +198,58 @@ INLINE void store_cached(void *to, F32 v) {
   else store_halves<Type == PT_CACHE_F16>((uint16_t *)to, v);
 }
 
+INLINE void set_nibble(uint8_t *byte, bool upper, uint8_t code) {
+  *byte = upper ? (uint8_t)((*byte & 0x0f) | code << 4) : (uint8_t)((*byte & 0xf0) | (code & 0x0f));
+}
+
+/* Calls put(i, code) for every channel of one head's key or value x [size]; returns the scale. */
+template <int Type, class F>
+INLINE uint16_t encode_row(const float *x, int64_t size, F put) {
+  pt_input in{};
+  in.top = Type == PT_CACHE_I8 ? 127.0f : Type == PT_CACHE_E4M3 ? 448.0f : 7.0f;
+  in.lo = -(int32_t)in.top, in.hi = (int32_t)in.top, in.scale_type = PT_F16;
+  const float scale = scale_of(largest_magnitude(x, size), in);
+  for (int64_t i = 0; i < size; i++)
+    put(i, Type == PT_CACHE_E4M3 ? float_to_e4m3(x[i] / scale) : (uint8_t)code_of(x[i], scale, in));
+  return float_to_half(scale);
+}
+
 /* Stores one head's key and value [head_size] at a position: keys in panels of 16 positions,
  * channel by channel, so that 16 scores come out side by side; values as they are. */
 template <int Type>
-void remember_as(const HeadCache &c, int64_t position, const float *key, const float *value) {
-  const int64_t size = c.head_size, width = c.value_width;
-  const int64_t first = position / kPanel * size * kPanel + position % kPanel;
-  typedef typename std::conditional<
-      Type == PT_CACHE_F32, float,
-      typename std::conditional<Type == PT_CACHE_I8, int8_t, uint16_t>::type>::type Element;
-  Element *keys = (Element *)c.keys + first, *values = (Element *)c.values + position * width;
-  Element row[kPanel];
-  if constexpr (Type == PT_CACHE_I8) {
-    pt_input in{};
-    in.lo = -127, in.hi = 127, in.top = 127.0f;
-    float scale = scale_of(largest_magnitude(key, size), in);
-    c.key_scales[position] = scale;
-    for (int64_t i = 0; i < size; i++) keys[i * kPanel] = (int8_t)code_of(key[i], scale, in);
-    scale = scale_of(largest_magnitude(value, size), in);
-    c.value_scales[position] = scale;
-    for (int64_t i = 0; i < size; i++) values[i] = (int8_t)code_of(value[i], scale, in);
-    for (int64_t i = size; i < width; i++) values[i] = 0;
+void remember_codes(const HeadCache &c, int64_t position, const float *key, const float *value) {
+  const int64_t size = c.head_size, width = c.value_width, lane = position % kPanel;
+  if constexpr (Type == PT_CACHE_I4) {
+    uint8_t *keys = (uint8_t *)c.keys + position / kPanel * ceil_div(size, 2) * kPanel + lane;
+    uint8_t *values = (uint8_t *)c.values + position * width / 2;
+    for (int64_t i = 0; i < width / 2; i++) values[i] = 0;
+    c.key_scales[position] = encode_row<Type>(key, size, [&](int64_t i, uint8_t code) {
+      set_nibble(keys + i / 2 * kPanel, i % 2, code);
+    });
+    c.value_scales[position] = encode_row<Type>(value, size, [&](int64_t i, uint8_t code) {
+      set_nibble(values + i / (2 * kPanel) * kPanel + i % kPanel, i / kPanel % 2, code);
+    });
   } else {
+    uint8_t *keys = (uint8_t *)c.keys + (position - lane) * size + lane;
+    uint8_t *values = (uint8_t *)c.values + position * width;
+    for (int64_t i = size; i < width; i++) values[i] = 0;
+    c.key_scales[position] =
+        encode_row<Type>(key, size, [&](int64_t i, uint8_t code) { keys[i * kPanel] = code; });
+    c.value_scales[position] =
+        encode_row<Type>(value, size, [&](int64_t i, uint8_t code) { values[i] = code; });
+  }
+}
+
+template <int Type>
+void remember_as(const HeadCache &c, int64_t position, const float *key, const float *value) {
+  if constexpr (holds_codes(Type)) {
+    remember_codes<Type>(c, position, key, value);
+  } else {
+    const int64_t size = c.head_size, width = c.value_width;
+    const int64_t first = position / kPanel * size * kPanel + position % kPanel;
+    typedef typename std::conditional<Type == PT_CACHE_F32, float, uint16_t>::type Element;
+    Element *keys = (Element *)c.keys + first, *values = (Element *)c.values + position * width;
+    Element row[kPanel];
     for (int64_t i = 0; i < size; i += kPanel) {
       int64_t count = at_most_16(size - i);
       store_cached<Type>(row, load_some(key + i, count));
@@ -226,22 +265,32 @@ void remember_as(const HeadCache &c, int64_t position, const float *key, const f
 template <int Type, int R, int V>
 INLINE void score_panels(const HeadCache &c, const float *const (&q)[R], int64_t panel,
                          float *scores, int64_t ld) {
-  const int64_t size = c.head_size, stride = size * kPanel;
+  const int64_t size = c.head_size, rows = Type == PT_CACHE_I4 ? ceil_div(size, 2) : size;
+  const int64_t stride = rows * kPanel;
   F32 sums[R][V];
   UNROLL for (int r = 0; r < R; r++)
     UNROLL for (int v = 0; v < V; v++) sums[r][v] = set_f32(0.0f);
-  for (int64_t d = 0; d < size; d++) {
+  auto add_channel = [&](int64_t d, int64_t row, bool upper) INLINE_LAMBDA {
     F32 k[V];
     UNROLL for (int v = 0; v < V; v++)
-      k[v] = load_cached<Type>(c.keys, (panel + v) * stride + d * kPanel);
+      k[v] = load_cached<Type>(c.keys, (panel + v) * stride + row * kPanel, upper);
     UNROLL for (int r = 0; r < R; r++) {
       F32 x = set_f32(q[r][d]);
       UNROLL for (int v = 0; v < V; v++) sums[r][v] = fma(k[v], x, sums[r][v]);
     }
+  };
+  if constexpr (Type == PT_CACHE_I4) {
+    for (int64_t row = 0; row < size / 2; row++) {
+      add_channel(2 * row, row, false);
+      add_channel(2 * row + 1, row, true);
+    }
+    if (size % 2) add_channel(size - 1, size / 2, false);
+  } else {
+    for (int64_t d = 0; d < size; d++) add_channel(d, d, false);
   }
   UNROLL for (int v = 0; v < V; v++) {
-    F32 scale = set_f32(c.scale);
-    if constexpr (Type == PT_CACHE_I8) scale = mul(scale, load_floats(c.key_scales + (panel + v) * kPanel));
+    F32 scale = set_f32(c.scale * unit_of(Type));
+    if constexpr (holds_codes(Type)) scale = mul(scale, load_halves<true>(c.key_scales + (panel + v) * kPanel));
     UNROLL for (int r = 0; r < R; r++) store_some(scores + r * ld + v * kPanel, mul(sums[r][v], scale), kPanel);
   }
 }
@@ -255,8 +304,16 @@ INLINE void mix_values(const HeadCache &c, const float *weights, int64_t ld, int
     UNROLL for (int v = 0; v < V; v++) sums[r][v] = set_f32(0.0f);
   for (int64_t j = begin; j < end; j++) {
     F32 value[V];
-    UNROLL for (int v = 0; v < V; v++)
-      value[v] = load_cached<Type>(c.values, j * c.value_width + channel + v * kPanel);
+    UNROLL for (int v = 0; v < V; v++) {
+      if constexpr (Type == PT_CACHE_I4) {
+        /* Of a run of 32 channels, known when compiling where vectors come in pairs. */
+        const int64_t vector = channel / kPanel + v;
+        const bool upper = V % 2 ? vector % 2 : v % 2;
+        value[v] = load_cached<Type>(c.values, j * (c.value_width / 2) + vector / 2 * kPanel, upper);
+      } else {
+        value[v] = load_cached<Type>(c.values, j * c.value_width + channel + v * kPanel);
+      }
+    }
     UNROLL for (int r = 0; r < R; r++) {
       F32 w = set_f32(weights[r * ld + j - begin]);
       UNROLL for (int v = 0; v < V; v++) sums[r][v] = fma(value[v], w, sums[r][v]);
@@ -269,7 +326,9 @@ INLINE void mix_values(const HeadCache &c, const float *weights, int64_t ld, int
     }
 }
 
-/* Scores of one query become e^(score - largest), 0 outside [begin, end); their sum. */
+/* Scores of one query become e^(score - largest), 0 outside [begin, end), times the scales of the
+ * values; the sum of those powers. */
+template <int Type>
 INLINE float soften(const HeadCache &c, float *scores, int64_t origin, int64_t begin, int64_t end,
                     int64_t padded_end) {
   if (c.soft_cap > 0) soft_cap(scores, c.soft_cap, padded_end - origin);
@@ -285,9 +344,9 @@ INLINE float soften(const HeadCache &c, float *scores, int64_t origin, int64_t b
     e = seen(e, j, 0.0f);
     sum = add(sum, e);
     F32 weight = e;
-    if (c.value_scales) { /* lanes beyond `end` may hold anything */
-      F32 scale = seen(load_floats(c.value_scales + j), j, 0.0f);
-      weight = mul(e, scale);
+    if constexpr (holds_codes(Type)) { /* lanes beyond `end` may hold anything */
+      F32 scale = seen(load_halves<true>(c.value_scales + j), j, 0.0f);
+      weight = mul(mul(e, set_f32(unit_of(Type))), scale);
     }
     store_some(scores + j - origin, weight, kPanel);
   }
@@ -314,7 +373,7 @@ void attend_rows(const HeadCache &c, const float *const (&q)[R], const int64_t (
   }
   float total[R];
   for (int r = 0; r < R; r++)
-    total[r] = soften(c, scores + r * ld, origin, begin_of(position[r]), position[r] + 1, origin + ld);
+    total[r] = soften<Type>(c, scores + r * ld, origin, begin_of(position[r]), position[r] + 1, origin + ld);
   const int64_t vectors = c.value_width / kPanel;
   for (int64_t v = 0; v < vectors;) {
     with_count<kAttentionTile.panels>(vectors - v, [&](auto count) {
@@ -332,6 +391,8 @@ INLINE void with_cache_type(int32_t type, F f) {
     case PT_CACHE_F16: return f(Constant<PT_CACHE_F16>{});
     case PT_CACHE_BF16: return f(Constant<PT_CACHE_BF16>{});
     case PT_CACHE_I8: return f(Constant<PT_CACHE_I8>{});
+    case PT_CACHE_E4M3: return f(Constant<PT_CACHE_E4M3>{});
+    case PT_CACHE_I4: return f(Constant<PT_CACHE_I4>{});
   }
 }
 

@@ -16,8 +16,13 @@ namespace {
 /* Queries of a work item: enough to pass over keys and values seldom, few enough to share out. */
 const int64_t kQueriesPerItem = 24;
 
-int64_t element_size(int32_t cache_type) {
-  return cache_type == PT_CACHE_F32 ? 4 : cache_type == PT_CACHE_I8 ? 1 : 2;
+/* Bytes of `channels` keys or values. */
+int64_t cache_bytes(int32_t cache_type, int64_t channels) {
+  switch (cache_type) {
+    case PT_CACHE_F32: return 4 * channels;
+    case PT_CACHE_I4: return ceil_div(channels, 2);
+    default: return (cache_type < PT_CACHE_I8 ? 2 : 1) * channels;
+  }
 }
 
 /* Row `row` of an embedding as floats. */
@@ -166,12 +171,13 @@ class Pass {
   }
 
   HeadCache cache(const pt_block &b, const pt_sequence &s, int64_t index, int64_t head) const {
-    const int64_t size = m_.head_size, width = ceil_div(size, kPanel) * kPanel;
-    const int64_t bytes = element_size(s.type), at = (index * m_.kv_heads + head) * s.capacity;
+    const int64_t run = s.type == PT_CACHE_I4 ? 2 * kPanel : kPanel;
+    const int64_t size = m_.head_size, width = ceil_div(size, run) * run;
+    const int64_t at = (index * m_.kv_heads + head) * s.capacity;
     HeadCache c{};
-    c.keys = (uint8_t *)s.keys + at * size * bytes;
-    c.values = (uint8_t *)s.values + at * width * bytes;
-    if (s.type == PT_CACHE_I8) c.key_scales = s.key_scales + at, c.value_scales = s.value_scales + at;
+    c.keys = (uint8_t *)s.keys + at * cache_bytes(s.type, size);
+    c.values = (uint8_t *)s.values + at * cache_bytes(s.type, width);
+    if (s.type >= PT_CACHE_I8) c.key_scales = s.key_scales + at, c.value_scales = s.value_scales + at;
     c.type = s.type, c.head_size = size, c.value_width = width;
     c.scale = m_.attention_scale, c.soft_cap = m_.attention_cap, c.window = b.window;
     return c;
@@ -285,7 +291,7 @@ int32_t check(const pt_model &m, const pt_sequence *sequences, int count, const 
     const pt_sequence &s = sequences[i];
     if (s.tokens < 0 || s.length < 0 || s.capacity % kPanel || s.length + s.tokens > s.capacity)
       return PT_BAD_SHAPE;
-    if (s.type < PT_CACHE_F32 || s.type > PT_CACHE_I8) return PT_BAD_FORMAT;
+    if (s.type < PT_CACHE_F32 || s.type > PT_CACHE_I4) return PT_BAD_FORMAT;
     *tokens += s.tokens;
   }
   for (int64_t t = 0; t < *tokens; t++)

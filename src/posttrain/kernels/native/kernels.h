@@ -85,11 +85,10 @@ static inline int64_t block_columns(int64_t cols, int64_t segment) {
 
 /* Keys and values of one head of one sequence, and how they are looked at (block.h). */
 struct HeadCache {
-  void *keys;          /* [capacity / 16][head_size][16] */
-  void *values;        /* [capacity][value_width] */
-  float *key_scales, *value_scales; /* [capacity], for PT_CACHE_I8; else NULL */
+  void *keys, *values; /* of one head: see pt_sequence */
+  uint16_t *key_scales, *value_scales; /* [capacity], float16, for codes; else NULL */
   int32_t type;
-  int64_t head_size, value_width; /* channels; the same padded to 16 */
+  int64_t head_size, value_width; /* channels; the same padded to 16, for PT_CACHE_I4 to 32 */
   float scale, soft_cap;          /* of scores; 0 is no cap */
   int64_t window;                 /* positions seen, or 0 for all */
 };

@@ -226,6 +226,26 @@ INLINE I32 load_i8(const int8_t *from) {
   return {{vmovl_s16(vget_low_s16(low)), vmovl_s16(vget_high_s16(low)),
            vmovl_s16(vget_low_s16(high)), vmovl_s16(vget_high_s16(high))}};
 }
+/* E4M3 codes, whose values come out times 2^-8: the fields, moved to those of float16, mean that there. */
+INLINE F32 load_e4m3(const uint8_t *from) {
+  int8x16_t bytes = vreinterpretq_s8_u8(vld1q_u8(from));
+  int16x8_t words[2] = {vmovl_s8(vget_low_s8(bytes)), vmovl_s8(vget_high_s8(bytes))};
+  F32 out;
+  for (int i = 0; i < 2; i++) {
+    int16x8_t fields = vandq_s16(vshlq_n_s16(words[i], 7), vdupq_n_s16((int16_t)0xbfff));
+    out.v[2 * i] = vcvt_f32_f16(vreinterpret_f16_s16(vget_low_s16(fields)));
+    out.v[2 * i + 1] = vcvt_f32_f16(vreinterpret_f16_s16(vget_high_s16(fields)));
+  }
+  return out;
+}
+/* The lower or upper nibbles of 16 bytes, signed. */
+INLINE F32 load_nibbles(const uint8_t *from, bool upper) {
+  int8x16_t bytes = vreinterpretq_s8_u8(vld1q_u8(from));
+  bytes = vshrq_n_s8(upper ? bytes : vshlq_n_s8(bytes, 4), 4);
+  int8_t codes[16];
+  vst1q_s8(codes, bytes);
+  return to_f32(load_i8(codes));
+}
 /* Lanes begin <= i < end of v; others are `other`. */
 INLINE F32 within(F32 v, int64_t begin, int64_t end, float other) {
   float all[16];

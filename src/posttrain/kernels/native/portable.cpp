@@ -173,6 +173,18 @@ static inline I32 load_i8(const int8_t *from) {
   EACH(i, 16) v.at[i] = from[i];
   return v;
 }
+/* E4M3 codes, whose values come out times 2^-8. */
+static inline F32 load_e4m3(const uint8_t *from) {
+  F32 v;
+  EACH(i, 16) v.at[i] = e4m3_to_float(from[i]) * 0x1p-8f;
+  return v;
+}
+/* The lower or upper nibbles of 16 bytes, signed. */
+static inline F32 load_nibbles(const uint8_t *from, bool upper) {
+  F32 v;
+  EACH(i, 16) v.at[i] = (float)((((from[i] >> (upper ? 4 : 0)) & 15) ^ 8) - 8);
+  return v;
+}
 /* Lanes begin <= i < end of v; others are `other`. */
 static inline F32 within(F32 v, int64_t begin, int64_t end, float other) {
   EACH(i, 16) v.at[i] = i >= begin && i < end ? v.at[i] : other;

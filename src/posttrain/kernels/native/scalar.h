@@ -58,6 +58,17 @@ SCALAR uint16_t float_to_half(float value) {
   return (uint16_t)(sign | rounded >> 13);
 }
 
+/* OCP E4M3: nearest, ties to even, beyond 448 saturated; NaN stays NaN. */
+SCALAR uint8_t float_to_e4m3(float value) {
+  uint32_t bits = bits_of_float(value), sign = bits >> 24 & 0x80, rest = bits & 0x7fffffff;
+  if (rest > 0x7f800000u) return (uint8_t)(sign | 0x7f);
+  if (rest >= 0x43e00000u) return (uint8_t)(sign | 0x7e); /* 448 */
+  if (rest < 0x3c800000u) /* below 2^-6: steps of 2^-9 */
+    return (uint8_t)(sign | (uint32_t)__builtin_rintf(float_of_bits(rest) * 512.0f));
+  uint32_t rounded = rest - (120u << 23) + 0x7ffff + (rest >> 20 & 1);
+  return (uint8_t)(sign | rounded >> 20);
+}
+
 /* 16 vectors of 16 lanes of 32 bits as a matrix, transposed. */
 template <class V>
 SCALAR void transpose_lanes(V (&v)[16]) {

@@ -126,6 +126,18 @@ INLINE void store_halves(uint16_t *to, F32 v) {
 INLINE I32 load_i8(const int8_t *from) {
   return {_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from))};
 }
+/* E4M3 codes, whose values come out times 2^-8: the fields, moved to those of float16, mean that
+ * there, and its subnormals cost nothing. */
+INLINE F32 load_e4m3(const uint8_t *from) {
+  __m256i words = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)from)), 7);
+  return {_mm512_cvtph_ps(_mm256_and_si256(words, _mm256_set1_epi16((short)0xbfff)))};
+}
+/* The lower or upper nibbles of 16 bytes, signed. Of an index the permutation reads four bits. */
+INLINE F32 load_nibbles(const uint8_t *from, bool upper) {
+  const __m512 values = _mm512_set_ps(-1, -2, -3, -4, -5, -6, -7, -8, 7, 6, 5, 4, 3, 2, 1, 0);
+  __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+  return {_mm512_permutexvar_ps(upper ? _mm512_srli_epi32(bytes, 4) : bytes, values)};
+}
 /* Lanes begin <= i < end of v; others are `other`. */
 INLINE F32 within(F32 v, int64_t begin, int64_t end, float other) {
   begin = begin < 0 ? 0 : begin > 16 ? 16 : begin, end = end < 0 ? 0 : end > 16 ? 16 : end;
