@@ -46,7 +46,7 @@ def experiment(lab: Lab) -> Evidence:
     prompts = [w[:24].tolist() for w in windows.tokens[: lab.pick(8, 2)]]
     seeds = range(lab.pick(4, 1))
     beside = [prompt for prompt in prompts for _ in seeds]
-    steps, samples = lab.pick((400, 256), (10, 8))
+    steps, samples = lab.pick((300, 256), (10, 8))
 
     def written(model: Any) -> dict[str, Any]:
         """Samples at temperature 0.8 and what full precision thinks of them."""
@@ -67,8 +67,9 @@ def experiment(lab: Lab) -> Evidence:
 
     rows = []
     for bits in lab.pick(BITS, (2,)):
-        for repair in (PLAIN, LORC, LREC, BOTH):
-            for rank in (0,) if repair == PLAIN else lab.pick(RANKS, (8,)):
+        for repair in (PLAIN, LORC, LREC, BOTH) if bits == 2 else (PLAIN, LORC, BOTH):
+            ranks = lab.pick(RANKS if bits == 2 else RANKS[-1:], (8,))
+            for rank in (0,) if repair == PLAIN else ranks:
                 name = f"INT{bits}, {repair}" + (f", rank {rank}" if rank else "")
                 found = lab.step(name, measure, bits, repair, rank)
                 rows.append({"bits": bits, "repair": repair, "rank": rank} | found)

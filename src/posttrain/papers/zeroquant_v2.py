@@ -62,12 +62,8 @@ def experiment(lab: Lab) -> Evidence:
 
     all_bits = lab.pick(BITS, (4, 2))
     weights = [step("natural", b, s) for b in all_bits for s in SOLVERS]
-    both = [
-        step(side, b, s, inputs=TOKEN)
-        for side in lab.pick(tuple(sides), ("injected",))
-        for b in lab.pick(BITS, (4,))
-        for s in SOLVERS
-    ]
+    places = lab.pick((("natural", 4), ("injected", 8), ("injected", 4)), (("injected", 4),))
+    both = [step(side, b, s, inputs=TOKEN) for side, b in places for s in SOLVERS]
     ranked = [step("natural", b, "gptq", rank=r) for b in all_bits for r in lab.pick(RANKS, (8,))]
     # What the bytes of rank 8 buy in scales instead.
     finer = [
