@@ -147,7 +147,7 @@ def test_the_formats_in_the_table_are_those_that_are_written():
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (`.*?`) \|.*\| (\S+) \|$", text, re.MULTILINE)
-    said = {name: written for names, written in rows for name in re.findall(r"`([\w-]+)`", names)}
+    said = {name: written for names, written in rows for name in re.findall(r"`([\w.-]+)`", names)}
     shapes = {"model.layers.0.mlp.up_proj": (1536, 576)}
     for name in shipped_recipes():
         layers = load_recipe(name).plan.resolve(list(shapes))

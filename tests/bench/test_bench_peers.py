@@ -15,7 +15,7 @@ from posttrain.evaluate.score import Scorer
 from posttrain.evaluate.windows import Windows
 from posttrain.models.load import load
 from posttrain.models.source import open_source
-from posttrain.quantize.job import _calibration_windows
+from posttrain.quantize.job import calibration_windows
 from posttrain.quantize.recipe import Calibration
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -134,7 +134,7 @@ def test_peers_are_calibrated_on_the_windows_that_ours_draws(quantizers, small, 
     from safetensors.torch import load_file
 
     file = quantizers.calibration(small, tmp_path / "tokens.safetensors", 64, 5)
-    mine, _ = _calibration_windows(open_source(small), Calibration(samples=5, window=64), 0)
+    mine, _ = calibration_windows(open_source(small), Calibration(samples=5, window=64), 0)
     assert load_file(file)["tokens"].equal(mine)
 
 

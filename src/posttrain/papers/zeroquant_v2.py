@@ -23,6 +23,7 @@ def recipe(
     rank: int = 0,
     group: int = GROUP,
     samples: int = 32,
+    steps: int | None = None,
 ) -> dict[str, Any]:
     """Symmetric integers in groups; inputs in full precision or by token; LoRC of a rank in INT8."""
     rule: dict[str, Any] = {"match": "*", "weight": f"int{bits} | fp16/g{group}"}
@@ -33,7 +34,7 @@ def recipe(
     return {
         "layers": [rule],
         "ignore": ["lm_head"],
-        "solver": {"name": solver},
+        "solver": {"name": solver, **({"steps": steps} if steps and "zq" in solver else {})},
         "calibration": {"samples": samples, "window": 512},
     }
 
@@ -48,7 +49,7 @@ def experiment(lab: Lab) -> Evidence:
     samples = lab.pick(32, 4)
 
     def measure(side: str, bits: int, solver: str, **options: Any) -> dict[str, Any]:
-        made = recipe(bits, solver, samples=samples, **options)
+        made = recipe(bits, solver, samples=samples, steps=lab.pick(None, 4), **options)
         with lab.recipe(sides[side], made) as model:
             found = lab.against(reference[side], model, windows)
             return found | {"bits_per_weight": mean_bits(model.made)}

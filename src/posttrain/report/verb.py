@@ -7,6 +7,7 @@ from typing import Any
 
 from posttrain.data import Text
 from posttrain.evaluate import compare as measure
+from posttrain.numbers import Spec
 from posttrain.report.page import check_path, render_report
 
 
@@ -20,7 +21,7 @@ def compare(
     max_tokens: int | None = None,
     chat: bool = False,
     dtype: str = "float32",
-    kv: Any = None,
+    kv: str | Spec | None = None,
     kl: str = "full",
     top_k: int = 64,
     generations: bool = True,
