@@ -132,3 +132,14 @@ def test_a_recipe_with_branches_and_distillation_survives_its_own_yaml(recipe):
     assert first.distill == Distillation(steps=5)
     again = parse_recipe(yaml.safe_dump(first.to_dict()), "again.yaml")
     assert again == first
+
+
+def test_a_budget_counts_branches(tiny_llama, tmp_path, recipe):
+    path = recipe(SVD, weight="int4 | fp16/g32")
+    asked = (
+        0.02
+        + quantize(tiny_llama, recipe=path, out=tmp_path / "a", **CALIBRATION)["bits_per_weight"]
+    )
+    found = quantize(tiny_llama, recipe=path, out=tmp_path / "b", bits=asked, **CALIBRATION)
+    assert found["bits_per_weight"] == found["search"]["predicted_bits_per_weight"] <= asked
+    assert all(layer["branches"] for layer in found["layers"])

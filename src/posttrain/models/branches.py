@@ -223,6 +223,11 @@ class Columns(nn.Module):
         return F.linear(x[..., self.index], self.weight.to(x.dtype))
 
 
+def stored_bytes(plan: BranchPlan, out_features: int, in_features: int) -> int:
+    """What a branch of a layer of this shape takes."""
+    return sum(t.nbytes for t in plan.build(out_features, in_features).state_dict().values())
+
+
 def matrix_of(branch: nn.Module, in_features: int) -> Tensor:
     """What a branch adds to the weight: float32 [out, in]."""
     matrix: Tensor = branch(torch.eye(in_features)).detach().T

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from posttrain.numbers import QTensor
 from posttrain.quantize.activations import ActivationStore
 from posttrain.quantize.job import Job
 from posttrain.quantize.problem import BlockProblem, BlockSolver, Log, Problem
@@ -28,7 +29,7 @@ def solve_block(
     problems: Mapping[str, Problem],
     inputs: ActivationStore,
     log: Log,
-):
+) -> dict[str, QTensor]:
     """What the planned linears of block `index` become, after `teach`."""
     if not problems:
         return {}

@@ -21,6 +21,7 @@ import numpy as np
 from posttrain import kernels
 from posttrain.errors import UserError, did_you_mean
 from posttrain.models import storage
+from posttrain.models.branches import stored_bytes
 from posttrain.models.plan import LayerPlan, Plan, Rule
 from posttrain.numbers import Spec
 from posttrain.numbers import spec as parse_spec
@@ -188,7 +189,12 @@ class Sizes:
 
     def of(self, group: Group, weight: Spec) -> int:
         """Bytes that a group stores in this format."""
-        return sum(self._layer(weight, shape) for shape in group.shapes)
+        beside = sum(
+            stored_bytes(branch, shape[-2], shape[-1])
+            for shape in group.shapes
+            for branch in group.layer.branches
+        )
+        return beside + sum(self._layer(weight, shape) for shape in group.shapes)
 
     def _layer(self, weight: Spec, shape: tuple[int, ...]) -> int:
         parts = storage.layout("weight", weight, shape).values()
