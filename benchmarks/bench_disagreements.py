@@ -137,7 +137,8 @@ def _extra(lab: Lab, model: Any, way: str, tokens: Tensor) -> dict[str, float]:
 
 def rank_or_bits(lab: Lab) -> Iterator[dict[str, Any]]:
     """What the bytes of a branch buy: from the results of two papers, on pico."""
-    trained = _measured("int2_1")["rows"]
+    measured = _measured("int2_1")["pico"]
+    trained = measured["unrepaired"] + measured["repaired"]
     finer = _measured("zeroquant_v2")
     for row in trained:
         name = row["repair"] if row["repair"] == "none" else f"{row['repair']}, rank {row['rank']}"

@@ -58,34 +58,37 @@ CALIBRATION_TOKENS = 128 * 512
 KEYS = ("delta_nll", "ci_low", "ci_high", "kl", "kl_ci_low", "kl_ci_high", "greedy_agreement")
 
 PER_TOKEN, PER_32 = "int8h | fp32/row", "int8h | fp32/g32"
-HEAD6 = {"match": "lm_head", "weight": "int6 | fp16/g32"}
+GPTQ = {"name": "gptq", "damping": 0.1, "clip": "mse", "sweeps": 8}
+MSE = {"name": "mse", "steps": 12, "lowest": 0.8}
 
 
 def _whole(name: str, weight: str, solver: dict[str, Any], **rule: Any) -> dict[str, Any]:
     """A recipe for every weight of a model: these linears, and a 6-bit head and embedding."""
-    head = HEAD6 | ({"input": PER_32} if "input" in rule else {})
+    head = {"match": "lm_head", "weight": "int6 | fp16/g32"}
+    if "input" in rule:
+        head["input"] = PER_32
     return {
         "name": name,
         "layers": [{"match": "*", "weight": weight} | rule, head],
-        "transform": {"name": "smooth", "alpha": 0.5},
+        "transform": {"name": "smooth", "alpha": 0.5} if "input" in rule else "none",
         "solver": solver,
         "calibration": {"samples": 128, "window": 512},
     }
 
 
-GPTQ = {"name": "gptq", "damping": 0.1, "clip": "mse"}
-MSE = {"name": "mse", "steps": 12, "lowest": 0.8}
 # Shipped recipes by name, others as their file would say it. `w6a8`, 8-bit head: more bits than Q6_K.
 RECIPES: dict[str, Any] = {name: name for name in ("w8a8", "w6a8", "w4a16", "w4a8")} | {
     made["name"]: made
     for made in (
         _whole("w6a8-head6", "int6 | fp16/g64", MSE, input=PER_TOKEN, rotate=True),
         _whole("w6a16-head6", "int6 | fp16/g64", GPTQ),
-        _whole("w4a16-head6", "int4 | fp16/g64", GPTQ),
-        _whole("w4a16-zero-head6", "int4z | fp16/g64", GPTQ),
-        _whole("w4a16-g32-head6", "int4 | fp16/g32", GPTQ),
-        _whole("nf4-gptq-head6", "nf4 | fp16/g64", GPTQ),
-        _whole("nf4-g32-gptq-head6", "nf4 | fp16/g32", GPTQ),
+        _whole("w4-g64", "int4 | fp16/g64", GPTQ),
+        _whole("w4-zero-g64", "int4z | fp16/g64", GPTQ),
+        _whole("w4-g32", "int4 | fp16/g32", GPTQ),
+        _whole("nf4-g64", "nf4 | fp16/g64", GPTQ),
+        _whole("nf4-g32", "nf4 | fp16/g32", GPTQ),
+        _whole("w4-g64-global", "int4 | fp16/g64", {"name": "zq-global", "clip": "mse"}),
+        _whole("nf4-g64-global", "nf4 | fp16/g64", {"name": "zq-global", "clip": "mse"}),
     )
 }
 

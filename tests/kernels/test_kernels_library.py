@@ -234,7 +234,7 @@ def test_neon_gives_the_same_bits_on_an_emulated_processor(monkeypatch, tmp_path
     monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
     sources = [*build.SOURCES.glob("*.cpp"), Path(__file__).with_name("same_bits.cpp")]
     monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, f"-I{build.SOURCES}"])
-    objects = [build.compile_file(source, tmp_path / f"{source.stem}.o") for source in sources]
+    objects = build.compile_all(sources, tmp_path)
     program = tmp_path / "same_bits"
     output("aarch64-linux-gnu-g++", "-static", "-pthread", *objects, "-o", program)
     assert "neon-dotprod,portable: 896 cases, 0 differ" in output("qemu-aarch64", program)

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -64,12 +65,7 @@ def fingerprint() -> str:
 def build(output: Path = LIBRARY, sanitize: bool = False) -> Path:
     """Compile everything in `native/` into `output`. Raises BuildError."""
     with tempfile.TemporaryDirectory() as folder:
-
-        def compile_one(source: Path) -> Path:
-            return compile_file(source, Path(folder) / f"{source.stem}.o", sanitize)
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_one, sorted(SOURCES.glob("*.cpp"))))
+        objects = compile_all(sorted(SOURCES.glob("*.cpp")), Path(folder), sanitize)
         fresh = Path(folder) / output.name
         extra = SANITIZE if sanitize else []
         _run(compiler(), *extra, "-shared", "-pthread", *map(str, objects), "-o", str(fresh))
@@ -79,6 +75,17 @@ def build(output: Path = LIBRARY, sanitize: bool = False) -> Path:
         shutil.copy(fresh, waiting)
         os.replace(waiting, output)
     return output
+
+
+def compile_all(sources: Sequence[Path], folder: Path, sanitize: bool = False) -> list[Path]:
+    """Object files of these sources in `folder`, as many at a time as there are cores. Raises
+    BuildError."""
+
+    def compile_one(source: Path) -> Path:
+        return compile_file(source, folder / f"{source.stem}.o", sanitize)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, sources))
 
 
 def compile_file(source: Path, output: Path, sanitize: bool = False) -> Path:

@@ -43,7 +43,7 @@ PICO = Bench(
 )  # fmt: skip
 # A step takes seven seconds where pico's takes a quarter of one.
 DEMO = Bench(
-    "demo", 16, 256, 4, 2, 120, 128,
+    "demo", 16, 256, 4, 2, 80, 128,
     [(2, PLAIN, 0), (2, LORC, 8), (2, BOTH, 8)],
 )  # fmt: skip
 QUICK = Bench("pico", 4, 256, 2, 1, 10, 8, [(2, PLAIN, 0)] + [(2, repair, 8) for repair in STARTS])

@@ -23,6 +23,7 @@ def recipe(
     rank: int = 0,
     group: int = GROUP,
     samples: int = 32,
+    window: int = 512,
     steps: int | None = None,
 ) -> dict[str, Any]:
     """Symmetric integers in groups; inputs in full precision or by token; LoRC of a rank in INT8."""
@@ -35,7 +36,7 @@ def recipe(
         "layers": [rule],
         "ignore": ["lm_head"],
         "solver": {"name": solver, **({"steps": steps} if steps and "zq" in solver else {})},
-        "calibration": {"samples": samples, "window": 512},
+        "calibration": {"samples": samples, "window": window},
     }
 
 
@@ -46,10 +47,10 @@ def experiment(lab: Lab) -> Evidence:
     sides = {"natural": lab.pico, "injected": loud}
     windows = lab.windows(lab.pico, windows=32)
     reference = {side: lab.reference(model, windows) for side, model in sides.items()}
-    samples = lab.pick(32, 4)
+    samples, window, steps = lab.pick((32, 512, None), (8, 64, 4))
 
     def measure(side: str, bits: int, solver: str, **options: Any) -> dict[str, Any]:
-        made = recipe(bits, solver, samples=samples, steps=lab.pick(None, 4), **options)
+        made = recipe(bits, solver, samples=samples, window=window, steps=steps, **options)
         with lab.recipe(sides[side], made) as model:
             found = lab.against(reference[side], model, windows)
             return found | {"bits_per_weight": mean_bits(model.made)}
