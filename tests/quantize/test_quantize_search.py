@@ -350,6 +350,30 @@ def test_a_resumed_run_does_not_search_again_and_ends_with_the_same_bytes(
     assert quantize(model, **ask)["search"] == result["search"]  # finished: no work at all
 
 
+def test_a_resumed_exact_scan_measures_no_group_again(model, recipe, tmp_path, monkeypatch):
+    ask = {"recipe": recipe, "bits": 5.0, "scan": "exact", "candidates": "w4g32,w6g32", "progress": False}  # fmt: skip
+    quantized, measured = Scan._quantized, []
+
+    def counted(self, group, operand, form):
+        measured.append((group.label, str(form)))
+        if len(measured) == 12:
+            raise KeyboardInterrupt
+        return quantized(self, group, operand, form)
+
+    monkeypatch.setattr(Scan, "_quantized", counted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, out=tmp_path / "o", **ask)
+    resumed = quantize(model, out=tmp_path / "o", **ask)
+    measured.remove(measured[11])  # it was begun twice, like what else its group had finished
+    groups = [label for label, _ in measured]
+    assert len(set(measured)) == 2 * len(set(groups)) >= len(measured) - 1
+    monkeypatch.setattr(Scan, "_quantized", quantized)
+    whole = quantize(model, out=tmp_path / "whole", **ask)
+    assert resumed["search"] == whole["search"]
+    rows = [json.loads((tmp_path / f / "sensitivity.json").read_text()) for f in ("o", "whole")]
+    assert rows[0] == rows[1] and shards(tmp_path / "o") == shards(tmp_path / "whole")
+
+
 def test_the_scan_alone_speaks_of_weights_and_inputs(model, recipe):
     found = scan(model, recipe=recipe, inputs=["int6h | fp32/row"], progress=False)
     rows = found["rows"]

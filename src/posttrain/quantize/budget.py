@@ -33,6 +33,7 @@ from posttrain.quantize.sensitivity import (
     SCANNED,
     WEIGHT_BITS,
     Group,
+    Keep,
     Row,
     Scan,
     family,
@@ -128,10 +129,15 @@ def with_plan(job: Job, state: Progress, progress: bool) -> Job:
     groups = groups_of(job.flat, job.layers)
     if state.search is None:
         say("searching for the plan: the whole model is in memory meanwhile")
-        rows = _rows(job, job.search.options, lambda group: (), progress)
+
+        def keep(rows: list[Row]) -> None:
+            state.scanned = rows
+            state.save()
+
+        rows = _rows(job, job.search.options, lambda group: (), progress, state.scanned, keep)
         state.search = solve(job.search, groups, rows, _sizes(job))
         write_json(job.out / SCAN, {"method": job.search.scan, "rows": rows})
-        state.save()
+        keep([])
     found = state.search
     plan = found_plan(job.settings.plan, job.layers, found)
     name = f"{job.settings.name} at {found['predicted_bits_per_weight']:.2f} bits"
@@ -170,8 +176,15 @@ def _tokens(job: Job) -> Tensor:
     return job.scanned[:count, :window]
 
 
-def _rows(job: Job, weights: Formats, inputs: Formats, progress: bool) -> list[Row]:
-    """Load, transform and scan the model, and let it go."""
+def _rows(
+    job: Job,
+    weights: Formats,
+    inputs: Formats,
+    progress: bool,
+    known: Sequence[Row] = (),
+    keep: Keep = lambda rows: None,
+) -> list[Row]:
+    """Load, transform and scan the model, and let it go. known, keep: see `Scan.exact`."""
     assert job.search is not None
     model: Any = load(job.model, dtype="float32")
     settings = job.settings
@@ -181,7 +194,8 @@ def _rows(job: Job, weights: Formats, inputs: Formats, progress: bool) -> list[R
     groups = groups_of(job.flat, job.layers)
     scanner = Scan(model, groups, weights, inputs, settings.solver, progress)
     tokens = _tokens(job)
-    rows = scanner.exact(tokens) if job.search.scan == EXACT else scanner.cheap(tokens, job.seed)
+    exact = job.search.scan == EXACT
+    rows = scanner.exact(tokens, known, keep) if exact else scanner.cheap(tokens, job.seed)
     del model, scanner
     gc.collect()
     trim()

@@ -41,6 +41,7 @@ class Progress:
         layers: measurements of the layers done.
         seconds: time spent by earlier attempts.
         search: the plan found for a budget.
+        scanned: before it is found, what an exact scan has measured.
     """
 
     out: Path
@@ -50,6 +51,7 @@ class Progress:
     layers: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     search: dict[str, Any] | None = None
+    scanned: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:

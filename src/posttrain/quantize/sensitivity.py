@@ -49,6 +49,7 @@ WEIGHT_BITS, INPUT_BITS = range(3, 9), (4, 6, 8)
 CLASSES, LAST_CLASS = ((0.1, "I"), (0.5, "II")), "III"
 
 Row = dict[str, Any]
+Keep = Callable[[list[Row]], None]
 
 
 @dataclass(frozen=True)
@@ -196,15 +197,27 @@ class Scan:
 
     # ----------------------------------------------------------------------------------- exact
 
-    def exact(self, tokens: Tensor) -> list[Row]:
-        """Rows by measurement on token ids [windows, window]."""
+    def exact(
+        self, tokens: Tensor, known: Sequence[Row] = (), keep: Keep = lambda rows: None
+    ) -> list[Row]:
+        """Rows by measurement on token ids [windows, window].
+
+        known: rows that an interrupted scan had finished; its groups are not measured again. keep: is
+        given all rows so far whenever a group is finished.
+        """
         window = tokens.shape[1]
         windows = Windows(tokens, window, None, window, False)
         recorded = Recorded(self.model, windows)
         before = recorded.scores.nll.double().nanmean()
         blocks = [name for name, _ in decoder_blocks(self.model)]
-        rows = []
-        for group in tqdm(self.groups, desc="scan exactly", disable=not self.progress):
+        rows = list(known)
+        finished = {row["group"] for row in rows}
+        left = [group for group in self.groups if group.label not in finished]
+        bar = tqdm(
+            left, "scan exactly", len(self.groups), initial=len(self.groups) - len(left),
+            disable=not self.progress,
+        )  # fmt: skip
+        for group in bar:
             first = self._first_block(group, blocks)
             for operand, specs in (("weight", self.weights(group)), ("input", self.inputs(group))):
                 for spec in specs:
@@ -214,6 +227,7 @@ class Scan:
                     rise = float(parts["nll"].exp() - before.exp())
                     row = _row(group, operand, spec, float(parts["kl"]), _class(rise))
                     rows.append(row | {"perplexity_rise": rise})
+            keep(rows)
         return rows
 
     def _first_block(self, group: Group, blocks: Sequence[str]) -> int:
