@@ -291,6 +291,39 @@ def test_what_runtimes_fuse_is_alike_and_the_rest_is_the_recipes(found):
     assert len({layer["weight"] for layer in layers.values()}) > 1
 
 
+def test_the_plan_is_measured_beside_one_width_for_all(found, model, recipe, tmp_path, monkeypatch):
+    """The widest that fits; it is taken where it measures better."""
+    result, _ = found
+    plan, beside = result["search"], result["search"]["uniform"]
+    assert not plan["is_uniform"] and 0 < plan["measured_loss"] < beside["measured_loss"]
+    assert beside["predicted_bits_per_weight"] <= plan["predicted_bits_per_weight"] <= 5.0
+    monkeypatch.setattr(Scan, "together", lambda self, tokens, plans: [2.0, 1.0][: len(plans)])
+    taken = quantize(model, recipe=recipe, out=tmp_path / "o", bits=5.0, progress=False)
+    assert taken["search"]["is_uniform"]
+    assert len({layer["weight"].partition(" ")[0] for layer in taken["layers"]}) == 1
+    assert taken["bits_per_weight"] == beside["predicted_bits_per_weight"]
+    small = quantize(model, recipe=recipe, out=tmp_path / "s", bits=3.6, progress=False)
+    assert small["search"]["uniform"] is None or small["bits_per_weight"] <= 3.6
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_a_plan_measured_whole_is_the_divergence_of_the_quantized_model(name):
+    scan_ = scanner(name)
+    text = tokens(2, 20)
+    plan = [spec(f"int{3 + i % 4} | fp16/g16") for i, _ in enumerate(scan_.groups)]
+    changed = copy.deepcopy(scan_.model)
+    for group, form in zip(scan_.groups, plan, strict=True):
+        for layer in group.names:
+            weight = changed.get_submodule(layer).weight
+            weight.data.copy_(fake_quantize(weight.data, form))
+    with torch.no_grad():
+        log_p, log_q = (
+            m(text).logits[:, :-1].double().log_softmax(-1) for m in (scan_.model, changed)
+        )
+    expected = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    assert scan_.together(text, [plan, plan]) == pytest.approx([expected] * 2, rel=1e-3)
+
+
 def test_the_written_recipe_gives_the_same_weights(found, model, tmp_path):
     result, out = found
     again = quantize(model, recipe=out / "recipe.yaml", out=tmp_path / "again", progress=False)
@@ -356,18 +389,18 @@ def test_a_resumed_exact_scan_measures_no_group_again(model, recipe, tmp_path, m
 
     def counted(self, group, operand, form):
         measured.append((group.label, str(form)))
-        if len(measured) == 12:
+        if len(measured) == 12:  # half a group is finished
             raise KeyboardInterrupt
         return quantized(self, group, operand, form)
 
     monkeypatch.setattr(Scan, "_quantized", counted)
+    monkeypatch.setattr(Scan, "together", lambda self, tokens, plans: [1.0] * len(plans))
     with pytest.raises(KeyboardInterrupt):
         quantize(model, out=tmp_path / "o", **ask)
     resumed = quantize(model, out=tmp_path / "o", **ask)
     measured.remove(measured[11])  # it was begun twice, like what else its group had finished
     groups = [label for label, _ in measured]
     assert len(set(measured)) == 2 * len(set(groups)) >= len(measured) - 1
-    monkeypatch.setattr(Scan, "_quantized", quantized)
     whole = quantize(model, out=tmp_path / "whole", **ask)
     assert resumed["search"] == whole["search"]
     rows = [json.loads((tmp_path / f / "sensitivity.json").read_text()) for f in ("o", "whole")]
@@ -468,7 +501,11 @@ def test_the_command_line_shows_the_plan(found, model, tmp_path, capsys):
 
     result, out = found
     shown = show(result | {"notes": []})
-    assert "predicted loss" in shown and str(out / "recipe.yaml") in shown
+    assert (
+        "loss of the plan" in shown
+        and "one width for all" in shown
+        and str(out / "recipe.yaml") in shown
+    )
     assert "q+k+v" in shown and " x " in shown
 
 

@@ -148,8 +148,14 @@ def show(result: dict[str, Any]) -> str:
 
 
 def found(search: dict[str, Any], out: str) -> list[tuple[str, str]]:
-    """What a search found: the predicted loss, and how many layers of each kind got which bits."""
-    lines = [("predicted loss", f"{number(search['predicted_loss'])} nats a token by the search")]
+    """What a search found: its loss, and how many layers of each kind got which bits."""
+    measured = f"{number(search['measured_loss'])} nats a token before any solver that sees text"
+    lines = [("loss of the plan", measured)]
+    if beside := search["uniform"]:
+        width = number(beside["predicted_bits_per_weight"], 2)
+        said = f"{number(beside['measured_loss'])} at {width} bits"
+        taken = ", which loses less and was taken" if search["is_uniform"] else ""
+        lines.append(("one width for all", said + taken))
     kinds: dict[str, Counter[float]] = {}
     for group in search["groups"]:
         kinds.setdefault(group["group"].rpartition(".")[2], Counter())[group["bits"]] += 1

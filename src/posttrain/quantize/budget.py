@@ -5,7 +5,8 @@ The quantization that follows streams again, so a search needs far more memory t
 
 import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,15 @@ from posttrain.quantize.job import ROTATED_BYTES, SOLVE_BYTES, Job, prepare, say
 from posttrain.quantize.memory import GIB, PeakMemory
 from posttrain.quantize.progress import RECIPE, SCAN, Progress
 from posttrain.quantize.recipe import load_recipe
-from posttrain.quantize.search import Search, Sizes, check_reachable, found_plan, solve
+from posttrain.quantize.search import (
+    Search,
+    Sizes,
+    best,
+    check_reachable,
+    describe,
+    found_plan,
+    uniform,
+)
 from posttrain.quantize.sensitivity import (
     CHEAP,
     EXACT,
@@ -103,11 +112,8 @@ def scan(
         return family(own, INPUT_BITS) if of_inputs is None else of_inputs
 
     say(f"predicted peak memory {(PeakMemory().now() + scan_peak(job)) / GIB:.2f} GiB")
-    return {
-        "method": method,
-        "calibration": job.text,
-        "rows": _rows(job, weights_of, inputs_of, progress),
-    }
+    with _scanner(job, weights_of, inputs_of, progress) as scanner:
+        return {"method": method, "calibration": job.text, "rows": _rows(job, scanner)}
 
 
 def _formats(texts: Sequence[str] | None, where: str) -> tuple[Spec, ...] | None:
@@ -126,18 +132,11 @@ def check_budget(job: Job) -> None:
 def with_plan(job: Job, state: Progress, progress: bool) -> Job:
     """The run with the plan that its budget asks for: found now, or by an earlier attempt."""
     assert job.search is not None
-    groups = groups_of(job.flat, job.layers)
     if state.search is None:
         say("searching for the plan: the whole model is in memory meanwhile")
-
-        def keep(rows: list[Row]) -> None:
-            state.scanned = rows
-            state.save()
-
-        rows = _rows(job, job.search.options, lambda group: (), progress, state.scanned, keep)
-        state.search = solve(job.search, groups, rows, _sizes(job))
-        write_json(job.out / SCAN, {"method": job.search.scan, "rows": rows})
-        keep([])
+        state.search = _found(job, state, progress)
+        state.scanned = []
+        state.save()
     found = state.search
     plan = found_plan(job.settings.plan, job.layers, found)
     name = f"{job.settings.name} at {found['predicted_bits_per_weight']:.2f} bits"
@@ -150,10 +149,39 @@ def with_plan(job: Job, state: Progress, progress: bool) -> Job:
     return job.replanned(settings)
 
 
+def _found(job: Job, state: Progress, progress: bool) -> dict[str, Any]:
+    """The plan of least predicted loss, beside one width for all; where that measures better, it.
+
+    Losses of groups do not quite add up, least of all at few bits.
+    """
+
+    def keep(rows: list[Row]) -> None:
+        state.scanned = rows
+        state.save()
+
+    search, sizes = job.search, _sizes(job)
+    assert search is not None
+    with _scanner(job, search.options, lambda group: (), progress) as scanner:
+        rows = _rows(job, scanner, state.scanned, keep)
+        write_json(job.out / SCAN, {"method": search.scan, "rows": rows})
+        plans = [best(search, scanner.groups, rows, sizes)]
+        plain = uniform(search, scanner.groups, sizes)
+        plans += [plain] if plain else []
+        measured = scanner.together(_tokens(job, EXACT), plans)
+        found, *same = [
+            describe(search, scanner.groups, plan, rows, sizes) | {"measured_loss": loss}
+            for plan, loss in zip(plans, measured, strict=True)
+        ]
+    keys = ("predicted_bits_per_weight", "predicted_loss", "measured_loss")
+    beside = {key: same[0][key] for key in keys} if same else None
+    chosen = min([found, *same], key=lambda plan: plan["measured_loss"])
+    return chosen | {"uniform": beside, "is_uniform": chosen is not found}
+
+
 def scan_peak(job: Job) -> int:
     """Bytes that a scan holds above what the process holds when it starts, from shapes alone."""
     assert job.search is not None
-    source, tokens = job.source, _tokens(job)
+    source, tokens = job.source, _tokens(job, job.search.scan)
     whole = 4 * sum(math.prod(source.shape(name)) for name in source.tensor_names())
     shapes = [job.flat[name].shape for name in job.layers]
     weights = [math.prod(shape) for shape in shapes]
@@ -163,29 +191,21 @@ def scan_peak(job: Job) -> int:
     if job.search.scan == EXACT:
         outputs = tokens.numel() * source.config.get_text_config().hidden_size
         kept = 4 * outputs * len(job.stream.blocks) + len(tokens) * logits
-        return whole + max(solving, kept)
+        return whole + 4 * sum(weights) + max(solving, kept)
     values = sum(sum(shape[-2:]) for shape in shapes)
     running = 4 * KEPT_VALUES * tokens.shape[1] * values + logits + 8 * max(weights)
     return whole + 4 * sum(weights) + max(solving, running)
 
 
-def _tokens(job: Job) -> Tensor:
+def _tokens(job: Job, method: str) -> Tensor:
     """The calibration tokens that a scan looks at."""
-    assert job.search is not None
-    count, window = SCANNED[job.search.scan]
+    count, window = SCANNED[method]
     return job.scanned[:count, :window]
 
 
-def _rows(
-    job: Job,
-    weights: Formats,
-    inputs: Formats,
-    progress: bool,
-    known: Sequence[Row] = (),
-    keep: Keep = lambda rows: None,
-) -> list[Row]:
-    """Load, transform and scan the model, and let it go. known, keep: see `Scan.exact`."""
-    assert job.search is not None
+@contextmanager
+def _scanner(job: Job, weights: Formats, inputs: Formats, progress: bool) -> Iterator[Scan]:
+    """The model loaded and transformed, to be scanned and let go."""
     model: Any = load(job.model, dtype="float32")
     settings = job.settings
     if settings.transform is not None:
@@ -193,13 +213,24 @@ def _rows(
         transformed(model, settings.transform, inside, job.source.dtype, job.scanned)
     groups = groups_of(job.flat, job.layers)
     scanner = Scan(model, groups, weights, inputs, settings.solver, progress)
-    tokens = _tokens(job)
-    exact = job.search.scan == EXACT
-    rows = scanner.exact(tokens, known, keep) if exact else scanner.cheap(tokens, job.seed)
-    del model, scanner
-    gc.collect()
-    trim()
-    return rows
+    del model
+    try:
+        yield scanner
+    finally:
+        scanner.model = None
+        gc.collect()
+        trim()
+
+
+def _rows(
+    job: Job, scanner: Scan, known: Sequence[Row] = (), keep: Keep = lambda rows: None
+) -> list[Row]:
+    """What the scan that was asked for finds. known, keep: see `Scan.exact`."""
+    assert job.search is not None
+    tokens = _tokens(job, job.search.scan)
+    if job.search.scan == EXACT:
+        return scanner.exact(tokens, known, keep)
+    return scanner.cheap(tokens, job.seed)
 
 
 def _sizes(job: Job) -> Sizes:

@@ -231,33 +231,63 @@ def check_reachable(search: Search, groups: Sequence[Group], sizes: Sizes) -> No
     )
 
 
-def solve(
-    search: Search, groups: Sequence[Group], rows: Sequence[Row], sizes: Sizes
-) -> dict[str, Any]:
-    """The best choice by these rows: what `quantize` returns as `search` (docs/json.md)."""
-    loss = {(r["group"], r["format"]): r for r in rows if r["operand"] == "weight"}
+def best(search: Search, groups: Sequence[Group], rows: Sequence[Row], sizes: Sizes) -> list[Spec]:
+    """The format of each group: least predicted loss within the budget."""
+    loss = _losses(rows)
     formats = [search.options(group) for group in groups]
     options = [
         [Option(sizes.of(g, spec), loss[g.label, str(spec)]["predicted_loss"]) for spec in specs]
         for g, specs in zip(groups, formats, strict=True)
     ]
-    budget = sizes.budget(search)
-    chosen = cheapest(options, budget - sizes.kept)
-    taken = [known[i] for known, i in zip(options, chosen, strict=True)]
-    nbytes = sizes.kept + sum(option.nbytes for option in taken)
+    chosen = cheapest(options, sizes.budget(search) - sizes.kept)
+    return [specs[i] for specs, i in zip(formats, chosen, strict=True)]
+
+
+def uniform(search: Search, groups: Sequence[Group], sizes: Sizes) -> list[Spec] | None:
+    """The format of each group where all get the same width (or candidate), as wide as the budget
+    allows; None where none fits."""
+    of_width = [
+        {str(spec) if search.candidates else spec.bits: spec for spec in search.options(group)}
+        for group in groups
+    ]
+    shared = set(of_width[0]).intersection(*of_width[1:])
+    plans = [[known[width] for known in of_width] for width in shared]
+    weighed = [(_stored(groups, plan, sizes), plan) for plan in plans]
+    fitting = [both for both in weighed if both[0] <= sizes.budget(search)]
+    return max(fitting, key=lambda both: both[0])[1] if fitting else None
+
+
+def describe(
+    search: Search,
+    groups: Sequence[Group],
+    formats: Sequence[Spec],
+    rows: Sequence[Row],
+    sizes: Sizes,
+) -> dict[str, Any]:
+    """What `quantize` returns as `search` (docs/json.md)."""
+    loss, nbytes = _losses(rows), _stored(groups, formats, sizes)
     entries = []
-    for group, specs, i in zip(groups, formats, chosen, strict=True):
-        row = loss[group.label, str(specs[i])]
-        entries.append({"group": group.label, "layers": list(group.names), "weight": str(specs[i]),
+    for group, spec in zip(groups, formats, strict=True):
+        row = loss[group.label, str(spec)]
+        entries.append({"group": group.label, "layers": list(group.names), "weight": str(spec),
                         **{key: row[key] for key in ("bits", "predicted_loss", "class")}})  # fmt: skip
     return {
         **search.to_dict(),
-        "budget_bytes": budget,
+        "budget_bytes": sizes.budget(search),
         "predicted_bytes": nbytes,
         "predicted_bits_per_weight": sizes.bits(nbytes),
-        "predicted_loss": sum(option.loss for option in taken),
+        "predicted_loss": sum(entry["predicted_loss"] for entry in entries),
         "groups": entries,
     }
+
+
+def _losses(rows: Sequence[Row]) -> dict[tuple[str, str], Row]:
+    return {(r["group"], r["format"]): r for r in rows if r["operand"] == "weight"}
+
+
+def _stored(groups: Sequence[Group], formats: Sequence[Spec], sizes: Sizes) -> int:
+    """Bytes of the model with these formats."""
+    return sizes.kept + sum(sizes.of(g, spec) for g, spec in zip(groups, formats, strict=True))
 
 
 # ----------------------------------------------------------------------------------- the plan

@@ -22,7 +22,7 @@ Both hold the whole model in memory in float32; the cheap one its squared gradie
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -205,9 +205,7 @@ class Scan:
         known: rows that an interrupted scan had finished; its groups are not measured again. keep: is
         given all rows so far whenever a group is finished.
         """
-        window = tokens.shape[1]
-        windows = Windows(tokens, window, None, window, False)
-        recorded = Recorded(self.model, windows)
+        recorded = self._recorded(tokens)
         before = recorded.scores.nll.double().nanmean()
         blocks = [name for name, _ in decoder_blocks(self.model)]
         rows = list(known)
@@ -229,6 +227,22 @@ class Scan:
                     rows.append(row | {"perplexity_rise": rise})
             keep(rows)
         return rows
+
+    def together(self, tokens: Tensor, plans: Sequence[Sequence[Spec]]) -> list[float]:
+        """Nats a token of KL(model || quantized model) on token ids [windows, window] for each plan,
+        the formats of all groups; inputs in full precision."""
+        recorded, found = self._recorded(tokens), []
+        for plan in plans:
+            with ExitStack() as changed:
+                for group, spec in zip(self.groups, plan, strict=True):
+                    changed.enter_context(self._quantized(group, "weight", spec))
+                scores = recorded.against("the plan found")
+            found.append(float(scores.parts()["kl"].double().nanmean()))
+        return found
+
+    def _recorded(self, tokens: Tensor) -> Recorded:
+        window = tokens.shape[1]
+        return Recorded(self.model, Windows(tokens, window, None, window, False))
 
     def _first_block(self, group: Group, blocks: Sequence[str]) -> int:
         """The first block whose output the group changes; past the last for an output head, unless

@@ -229,6 +229,9 @@ class Search:
     loss: float
     bits_per_weight: float
     exact: bool
+    measured: float | None = None
+    uniform: tuple[float, float] | None = None  # bits per weight, measured loss: one width for all
+    is_uniform: bool = False
 
     @property
     def by_block(self) -> list[tuple[str, float]]:
@@ -249,7 +252,21 @@ def search(value: object) -> Search | None:
     loss, at = value.get("predicted_loss"), value.get("predicted_bits_per_weight")
     if bits is None or losses is None or not (finite(loss) and finite(at)):
         return None
-    return Search(bits, losses, float(loss), float(at), value.get("scan") == "exact")  # type: ignore[arg-type]
+    measured, beside = value.get("measured_loss"), value.get("uniform")
+    uniform = None
+    if isinstance(beside, Mapping):
+        pair = beside.get("predicted_bits_per_weight"), beside.get("measured_loss")
+        uniform = (float(pair[0]), float(pair[1])) if finite(pair[0]) and finite(pair[1]) else None  # type: ignore[arg-type]
+    return Search(
+        bits,
+        losses,
+        float(loss),  # type: ignore[arg-type]
+        float(at),  # type: ignore[arg-type]
+        value.get("scan") == "exact",
+        float(measured) if finite(measured) else None,  # type: ignore[arg-type]
+        uniform,
+        value.get("is_uniform") is True,
+    )
 
 
 def sensitivity(entries: object) -> list[tuple[str, float]]:

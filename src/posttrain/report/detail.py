@@ -66,6 +66,18 @@ def _search(found: content.Search) -> Child:
         f"least predicted loss, {words.loss(found.loss)} nats a token at "
         f"{words.bits(found.bits_per_weight)} bits per weight, the sum over layers {how}."
     )
+    if found.measured is not None and found.uniform is not None:
+        bits, loss = found.uniform
+        if found.is_uniform:
+            said = (
+                f"The formats were searched for, and none was found to lose less than one width for all: "
+                f"{words.loss(loss)} nats a token at {words.bits(bits)} bits per weight."
+            )
+        else:
+            said += (
+                f" Measured whole it loses {words.loss(found.measured)}; one width for all, "
+                f"{words.bits(bits)} bits, loses {words.loss(loss)}."
+            )
     parts: list[Child] = [tag("p", said)]
     if found.bits.cells:
         span = min(found.bits.cells.values()), max(found.bits.cells.values())
