@@ -32,15 +32,7 @@ def test_a_quick_run_ends_with_a_verdict_on_everything_it_promised(key):
         assert all(type(c["passed"]) is bool for c in result[kind])
 
 
-# Experiments that stand but were not run in full yet; the catalogue says "not run" of them.
-NOT_RUN = pytest.mark.xfail(reason="not measured in full yet", strict=True)
-MEASURED = [
-    pytest.param(key, marks=NOT_RUN) if key in ("int2_1", "zeroquant_v2") else key
-    for key in catalogue()
-]
-
-
-@pytest.mark.parametrize("key", MEASURED)
+@pytest.mark.parametrize("key", catalogue())
 def test_what_was_measured_in_full_is_of_the_claim_in_the_file(key):
     path = RESULTS / f"{key}.json"
     assert path.is_file(), f"run posttrain reproduce {key} and commit what it writes"
