@@ -77,18 +77,16 @@ def _whole(name: str, weight: str, solver: dict[str, Any], **rule: Any) -> dict[
 
 
 # Shipped recipes by name, others as their file would say it. `w6a8`, 8-bit head: more bits than Q6_K.
-RECIPES: dict[str, Any] = {name: name for name in ("w8a8", "w6a8", "w4a16", "w4a8")} | {
+SHIPPED = ("w8a8", "w6a8", "w6a16", "w4", "w4a8", "w4a16")
+RECIPES: dict[str, Any] = {name: name for name in SHIPPED} | {
     made["name"]: made
     for made in (
         _whole("w6a8-head6", "int6 | fp16/g64", MSE, input=PER_TOKEN, rotate=True),
-        _whole("w6a16-head6", "int6 | fp16/g64", GPTQ),
         _whole("w4-g64", "int4 | fp16/g64", GPTQ),
         _whole("w4-zero-g64", "int4z | fp16/g64", GPTQ),
         _whole("w4-g32", "int4 | fp16/g32", GPTQ),
-        _whole("nf4-g64", "nf4 | fp16/g64", GPTQ),
         _whole("nf4-g32", "nf4 | fp16/g32", GPTQ),
         _whole("w4-g64-global", "int4 | fp16/g64", {"name": "zq-global", "clip": "mse"}),
-        _whole("nf4-g64-global", "nf4 | fp16/g64", {"name": "zq-global", "clip": "mse"}),
     )
 }
 

@@ -48,7 +48,7 @@ GIB = 2**30
 OURS: dict[str, dict[str, tuple[Any, tuple[str, ...]]]] = {
     "W4 g64": {
         "rtn": ("w4a16", ("--solver", "rtn", "--transform", "none")),
-        "gptq": ("w4a16", ("--transform", "none")),
+        "gptq": ("w4a16", ("--solver", "gptq", "--transform", "none")),
         "w4a16": ("w4a16", ()),
     },
     "W8A8": {
