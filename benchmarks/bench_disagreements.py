@@ -168,8 +168,11 @@ def observer_or_mix(lab: Lab) -> Iterator[dict[str, Any]]:
     windows = lab.windows(model, windows=8)
     reference = lab.reference(model, windows)
     form = spec("int8 | fp32/tensor")
-    for mix in ("prose", "python-docs", "prose+python-docs"):
-        tokens = lab.calibration(model, windows=8, corpus=mix)
+    texts = {
+        name: lab.calibration(model, windows=8, corpus=name) for name in ("prose", "python-docs")
+    }
+    halves = [tokens[: len(tokens) // 2] for tokens in texts.values()]
+    for mix, tokens in (texts | {"half of each": torch.cat(halves)}).items():
         seen = lab.inputs(model, lab.linears(model), tokens)
         for name, observe in OBSERVERS.items():
             scales = {layer: observe(x) for layer, x in seen.items()}
