@@ -116,7 +116,8 @@ def _git(*words: str) -> str:
 
 
 def _portable(words: Sequence[str]) -> str:
-    return _without_root(" ".join(words))
+    """A command as one would type it: programs by their names, wherever they lie here."""
+    return _without_root(" ".join([Path(words[0]).name, *words[1:]]))
 
 
 def _without_root(text: str) -> str:

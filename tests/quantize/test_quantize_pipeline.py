@@ -21,7 +21,7 @@ from posttrain.quantize import quantize
 from posttrain.quantize.recipe import load_recipe
 
 CALIBRATION = {"samples": 6, "window": 32, "calibration": None}
-RECIPES = ["w8a8", "w6a8", "w4a16", "w4a8", "mxfp4", "nvfp4", "nf4"]
+RECIPES = ["w8a8", "w6a8", "w6a16", "w4", "w4a16", "w4a8", "mxfp4", "nvfp4", "nf4"]
 GROUP_32 = 'layers: [{match: "*", weight: int4 | fp16/g32, input: int8h | fp32/row}]\n'
 
 
