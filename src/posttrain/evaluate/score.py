@@ -60,6 +60,7 @@ class Scorer:
             self._values[part] = torch.full(shape, torch.nan)
 
     @torch.inference_mode()
+    @kernels.fast_float32()
     def __call__(
         self, batch: Batch, targets: list[Target] | None = None, keep: Keep | None = None
     ) -> list[Target]:

@@ -6,6 +6,7 @@ Source in `native/` (C++, one file per instruction set, chosen at run time); `bu
 """
 
 from posttrain.kernels.decoder import BlockWeights, Decoder, Dimensions, Memory
+from posttrain.kernels.float32 import fast_float32
 from posttrain.kernels.library import (
     allocate,
     available,
@@ -38,6 +39,7 @@ __all__ = [
     "Sampling",
     "allocate",
     "available",
+    "fast_float32",
     "find",
     "isa",
     "isas",

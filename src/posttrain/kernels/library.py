@@ -18,7 +18,7 @@ from torch import Tensor
 
 from posttrain.errors import UserError
 
-ABI = 5
+ABI = 6
 LIBRARY = Path(__file__).with_name("_native.so")
 BUILD = "python -m posttrain.kernels.build"
 STAGES = {"integer": 0, "lookup": 1, "table": 2, "float": 3, "rows": 4}
@@ -103,6 +103,17 @@ class Memory(ctypes.Structure):
     ]
 
 
+class Columns(ctypes.Structure):
+    """`pt_columns` of native/posttrain.h. alive: the tensors it points to."""
+
+    alive: tuple[Tensor, ...] = ()
+    _fields_ = [
+        *((name, _i64) for name in ("columns", "rows")),
+        *((name, _pointer) for name in ("matrix", "steps", "zeros", "levels", "edges")),
+        ("count", _i32),
+    ]
+
+
 class Draw(ctypes.Structure):
     """`pt_draw` of native/posttrain.h."""
 
@@ -119,7 +130,9 @@ class Draw(ctypes.Structure):
 _weights, _input, _pointers, _lengths = (
     ctypes.POINTER(kind) for kind in (ctypes.POINTER(Weight), Input, _pointer, _i64)
 )
-_model, _memories, _draws = (ctypes.POINTER(kind) for kind in (Model, Memory, Draw))
+_model, _memories, _draws, _columns = (
+    ctypes.POINTER(kind) for kind in (Model, Memory, Draw, Columns)
+)
 _SIGNATURES = {
     "pt_code_bytes": (_i64, [_i32, _i32, _i32]),
     "pt_scale_count": (_i64, [_i32, _i32, _i32]),
@@ -135,6 +148,8 @@ _SIGNATURES = {
     "pt_step": (_i32, [_model, _memories, _i32, _pointer, _draws, _pointer]),
     "pt_head": (_i32, [_model, _pointer, _i64, _pointer]),
     "pt_log_partition": (_i32, [_pointer, _i64, _i32, _pointer]),
+    "pt_round_columns": (_i32, [_columns, _pointer, _pointer, _pointer]),
+    "pt_descend_columns": (_i32, [_columns, _pointer, _pointer, _pointer, _pointer]),
     "pt_sample": (_i32, [_pointer, _i32, _draws]),
     "pt_probe_bandwidth": (ctypes.c_double, [_pointer, _i64]),
     "pt_probe_peak": (ctypes.c_double, [ctypes.c_double]),

@@ -316,6 +316,28 @@ def look_up(table: Tensor, index: Tensor) -> Tensor:
     return flat.reshape(index.shape)
 
 
+@cache
+def levels(grid: Grid) -> Tensor | None:
+    """The finite values of a grid, ascending, float32; None where they are too many to list."""
+    if isinstance(grid, IntGrid):
+        return torch.arange(grid.lo, grid.hi + 1, dtype=torch.float32)
+    if isinstance(grid, FloatGrid | TableGrid):
+        finite = {value + 0.0 for value in grid.values if math.isfinite(value)}  # one zero
+        return torch.tensor(sorted(finite), dtype=torch.float32)
+    return None
+
+
+@cache
+def edges(grid: Grid) -> Tensor:
+    """For neighbouring `levels` i, i+1: the largest float32 that still snaps to level i."""
+    values = levels(grid)
+    if values is None:
+        raise ValueError(f"{grid.name} has too many levels to list")
+    low, high = values[:-1], values[1:]
+    middle = ((low.double() + high.double()) / 2).float()
+    return torch.where(grid.snap(middle) == high, middle.nextafter(low), middle)
+
+
 def _float_values(bits: int, mantissa: int, bias: int, specials: str) -> tuple[float, ...]:
     sign_bit = 1 << (bits - 1)
     top_exponent = (sign_bit >> mantissa) - 1

@@ -13,6 +13,7 @@ from typing import Any
 from posttrain import __version__
 from posttrain.errors import UserError, did_you_mean
 from posttrain.evaluate.provenance import machine
+from posttrain.kernels import fast_float32
 from posttrain.models.checkpoint import write_json
 from posttrain.papers.lab import Lab, fingerprint
 from posttrain.papers.paper import Paper
@@ -81,6 +82,7 @@ def reproduce(
     return _reproduce(_named(name), quick, out, progress)
 
 
+@fast_float32()
 def _reproduce(paper: Paper, quick: bool, out: str | Path | None, progress: bool) -> dict[str, Any]:
     folder = Path(out) if out is not None else None if quick else RESULTS
     partial = None

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from posttrain.numbers import QTensor
+from posttrain.numbers.grids import levels
 from posttrain.numbers.scales import nonzero
-from posttrain.quantize.descent import damped, quadratic, sweep
-from posttrain.quantize.learned import levels, neighbours
+from posttrain.quantize.descent import damped, one_by_one, quadratic, sweep
+from posttrain.quantize.learned import neighbours
 from posttrain.quantize.nearest import MSEGrid
 from posttrain.quantize.problem import LinearSolver, Problem, count, require, within
 
@@ -109,7 +110,9 @@ class AdaRound(LinearSolver):
 
         # In errors instead of weights, the weight to come near to is 0.
         error = choice.error(up.to(torch.float32))
-        error = sweep(torch.zeros_like(error), error, hessian, self.sweeps, nearest)
+        error = sweep(
+            torch.zeros_like(error), error, hessian, self.sweeps, one_by_one(hessian, nearest)
+        )
         return 2 * (error - choice.base) > choice.width
 
     def _undecided(self, h: Tensor, progress: float) -> Tensor:

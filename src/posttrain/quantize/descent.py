@@ -12,11 +12,15 @@ from collections.abc import Callable
 from torch import Tensor
 
 from posttrain.errors import UserError
+from posttrain.kernels.columns import descend_columns, rounds
 from posttrain.numbers import QTensor, decode_scaled, encode_scaled, quantize
 from posttrain.quantize.calibration import InputMoments
 
 # The grid values nearest to `target` [out] that the weights of column j may take.
 Nearest = Callable[[int, Tensor], Tensor]
+# A visit to a run of columns: their values, errors and slopes (half the gradient), [columns, out] and
+# changed in place; whether any value changed.
+Visit = Callable[[slice, Tensor, Tensor, Tensor], bool]
 LAZY = 128  # columns whose gradients are kept up to date together (speed only)
 
 
@@ -48,32 +52,48 @@ def settle(weight: Tensor, start: QTensor, hessian: Tensor, sweeps: int) -> QTen
         code = encode_scaled(target, grid, step[j], offset)
         return decode_scaled(code, grid, step[j], offset)
 
-    values = sweep(weight, start.dequantize(), hessian, sweeps, nearest)
+    def natively(run: slice, values: Tensor, error: Tensor, slope: Tensor) -> bool:
+        square, zeros = hessian[run, run], None if zero is None else zero[run]
+        return descend_columns(values, error, slope, square, grid, step[run], zeros)
+
+    visit = natively if rounds(grid) else one_by_one(hessian, nearest)
+    values = sweep(weight, start.dequantize(), hessian, sweeps, visit)
     return quantize(values, start.spec, scales=start.scales)
 
 
-def sweep(weight: Tensor, values: Tensor, hessian: Tensor, sweeps: int, nearest: Nearest) -> Tensor:
+def sweep(weight: Tensor, values: Tensor, hessian: Tensor, sweeps: int, visit: Visit) -> Tensor:
     """Values [out, in] after sweeps from `values`; they end early where nothing changes any more."""
     # Transposed, so that a column of the weight is contiguous.
     current = values.T.contiguous()
     error = current - weight.T
-    curvature = hessian.diagonal().tolist()
     for _ in range(sweeps):
         changed = False
         for start in range(0, len(current), LAZY):
-            stop = min(start + LAZY, len(current))
-            slope = hessian[start:stop] @ error  # half the gradient
-            for j in range(start, stop):
-                if curvature[j] <= 0:
-                    continue
-                new = nearest(j, current[j] - slope[j - start] / curvature[j])
-                move = new - current[j]
-                if not move.any():
-                    continue
-                changed = True
-                current[j] = new
-                error[j] += move
-                slope[j + 1 - start :].addr_(hessian[j + 1 : stop, j], move)
+            run = slice(start, min(start + LAZY, len(current)))
+            slope = hessian[run] @ error  # half the gradient
+            changed |= visit(run, current[run], error[run], slope)
         if not changed:
             break
     return current.T.contiguous()
+
+
+def one_by_one(hessian: Tensor, nearest: Nearest) -> Visit:
+    """Visits in plain torch: what `kernels.descend_columns` is held to."""
+    curvature = hessian.diagonal().tolist()
+
+    def visit(run: slice, values: Tensor, error: Tensor, slope: Tensor) -> bool:
+        changed = False
+        for i, j in enumerate(range(run.start, run.stop)):
+            if curvature[j] <= 0:
+                continue
+            new = nearest(j, values[i] - slope[i] / curvature[j])
+            move = new - values[i]
+            if not move.any():
+                continue
+            changed = True
+            values[i] = new
+            error[i] += move
+            slope[i + 1 :].addr_(hessian[j + 1 : run.stop, j], move)
+        return changed
+
+    return visit

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from posttrain.errors import UserError, did_you_mean
 from posttrain.evaluate.divergence import TopTarget
+from posttrain.kernels import fast_float32
 from posttrain.models.branches import LowRank
 
 SAVE_SECONDS = 30.0  # between copies of the training state
@@ -109,6 +110,7 @@ def distillation_loss(logits: Tensor, tokens: Tensor, target: TopTarget, ce: flo
     return divergence + ce * cross_entropy(rows, tokens[:, 1:].flatten())
 
 
+@fast_float32()
 def distill(
     student: Any,
     windows: Tensor,

@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 
 from posttrain.errors import UserError
-from posttrain.numbers import Factor, QTensor, Scales, Spec, decode_scaled, encode_scaled
+from posttrain.kernels.columns import round_columns, rounds
+from posttrain.numbers import Factor, Grid, QTensor, Scales, Spec, decode_scaled, encode_scaled
 from posttrain.quantize.calibration import InputMoments
 from posttrain.quantize.descent import damped, settle
 from posttrain.quantize.nearest import MSEGrid
@@ -146,29 +147,49 @@ def _round_columns(
     zero = scales.expand_zero_point(weight.shape)
     zero = None if zero is None else zero.T[order].contiguous()
     codes: list[torch.Tensor] = []
+    rounded = round_columns if rounds(grid) else _one_by_one
     lazy = max(lazy // width, 1) * width if width else lazy
     for start in range(0, columns, lazy):
         stop = min(start + lazy, columns)
-        errors = torch.empty(stop - start, rows)
-        for j in range(start, stop):
-            if width and j % width == 0:
-                end = min(j + width, columns)
-                part = refit(left[j:end].T.contiguous())
-                _replace_group(scales, part, j // width)
-                step[j:end] = part.expand((rows, end - j)).T
+        errors = []
+        for begin in range(start, stop, width or lazy):
+            end = min(begin + (width or lazy), stop)
+            run = slice(begin, end)
+            if width:
+                part = refit(left[run].T.contiguous())
+                _replace_group(scales, part, begin // width)
+                step[run] = part.expand((rows, end - begin)).T
                 if zero is not None:
-                    zero[j:end] = torch.as_tensor(part.expand_zero_point((rows, end - j))).T
-            offset = None if zero is None else zero[j]
-            code = encode_scaled(left[j], grid, step[j], offset)
-            value = decode_scaled(code, grid, step[j], offset)
-            error = torch.div(left[j] - value, factor[j, j], out=errors[j - start])
-            left[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
+                    zero[run] = torch.as_tensor(part.expand_zero_point((rows, end - begin))).T
+            offset = None if zero is None else zero[run]
+            code, error = rounded(left[run], factor[run, run], grid, step[run], offset)
+            left[end:stop].addmm_(factor[run, end:stop].T, error, alpha=-1)
             codes.append(code)
-        left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+            errors.append(error)
+        left[stop:].addmm_(factor[start:stop, stop:].T, torch.cat(errors), alpha=-1)
     ordered = torch.empty(columns, rows, dtype=codes[0].dtype)
-    ordered[order] = torch.stack(codes)
+    ordered[order] = torch.cat(codes)
     # A fresh Scales: the old one may have decoded its factors before they were refitted.
     return QTensor(ordered.T.contiguous(), replace(scales), problem.spec)
+
+
+def _one_by_one(
+    left: torch.Tensor,
+    factor: torch.Tensor,
+    grid: Grid,
+    step: torch.Tensor,
+    zero: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`kernels.columns.round_columns` in plain torch: what that is held to."""
+    codes, errors = [], torch.empty_like(left)
+    for j, column in enumerate(left):
+        offset = None if zero is None else zero[j]
+        code = encode_scaled(column, grid, step[j], offset)
+        value = decode_scaled(code, grid, step[j], offset)
+        error = torch.div(column - value, factor[j, j], out=errors[j])
+        left[j + 1 :].addr_(factor[j, j + 1 :], error, alpha=-1)
+        codes.append(code)
+    return torch.stack(codes), errors
 
 
 def _replace_group(scales: Scales, part: Scales, index: int) -> None:

@@ -18,23 +18,13 @@ import torch
 from torch import Tensor
 
 from posttrain.numbers import QTensor, Spec
-from posttrain.numbers.grids import FloatGrid, Grid, IntGrid, TableGrid
+from posttrain.numbers.grids import levels
 from posttrain.numbers.partition import upsample
 from posttrain.numbers.scales import nonzero
 
 # What a start makes of a weight may be far from it (GPTQ). Learning then begins at most this share
 # of the way to the edge of its cell: at the edge itself the first step would change most codes.
 INSIDE = 0.7
-
-
-def levels(grid: Grid) -> Tensor | None:
-    """The finite values of a grid, ascending, float32; None where they are too many to list."""
-    if isinstance(grid, IntGrid):
-        return torch.arange(grid.lo, grid.hi + 1, dtype=torch.float32)
-    if isinstance(grid, FloatGrid | TableGrid):
-        values = torch.tensor(grid.values, dtype=torch.float32)
-        return values[values.isfinite()].unique()
-    return None
 
 
 def neighbours(y: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

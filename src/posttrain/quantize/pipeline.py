@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from posttrain import __version__
 from posttrain.evaluate.divergence import TopTarget
+from posttrain.kernels import fast_float32
 from posttrain.models.branches import branch_dict
 from posttrain.models.checkpoint import write_json
 from posttrain.models.linear import QuantLinear, seen
@@ -58,6 +59,7 @@ from posttrain.quantize.transforms import Smoothing
 SNAPSHOT_SECONDS = 30.0  # between snapshots of in-memory block inputs
 
 
+@fast_float32()
 def quantize(
     model: str | Path,
     *,

@@ -19,9 +19,10 @@ from posttrain.models.linear import seen
 from posttrain.models.plan import LayerPlan
 from posttrain.models.rotation import rotate
 from posttrain.numbers import QTensor
+from posttrain.numbers.grids import levels
 from posttrain.quantize.descent import damped, quadratic, settle
 from posttrain.quantize.gptq import GPTQ
-from posttrain.quantize.learned import LearnedWeight, levels
+from posttrain.quantize.learned import LearnedWeight
 from posttrain.quantize.nearest import RTN, MSEGrid
 from posttrain.quantize.problem import (
     BlockProblem,

@@ -100,6 +100,13 @@ static inline int64_t attention_scratch(int64_t positions) {
   return kQueries * (ceil_div(positions, kPanel) + 1) * kPanel;
 }
 
+/* Where rounding goes over from one level to the next, padded with infinities so that a search halves
+ * it `half`, `half` / 2, ..., 1. */
+struct Thresholds {
+  float at[PT_MOST_LEVELS];
+  int half;
+};
+
 struct Kernels {
   const char *name;
   /* The tile `gemm` works in: what shares should be multiples of. */
@@ -124,6 +131,11 @@ struct Kernels {
   void (*remember)(const HeadCache &, int64_t position, const float *key, const float *value);
   void (*attend)(const HeadCache &, const float *q, int64_t ld, int64_t heads, int64_t tokens,
                  int64_t position, float *out, float *scores);
+  /* 16 rows of pt_round_columns and pt_descend_columns (columns.h). */
+  void (*round_columns)(const pt_columns &, const Thresholds &, int64_t row, float *values,
+                        float *errors, uint8_t *ranks);
+  bool (*descend_columns)(const pt_columns &, const Thresholds &, int64_t row, float *values,
+                          float *errors, const float *slopes);
   /* For the probes of probe.cpp. */
   int32_t (*read_bytes)(const uint8_t *from, int64_t bytes);
   int32_t (*multiply_registers)(int64_t rounds);

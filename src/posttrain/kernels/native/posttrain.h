@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 /* Raised with every change of a struct or a signature; Python refuses any other. */
-#define PT_ABI 5
+#define PT_ABI 6
 PT_API int32_t pt_abi(void);
 /* Hash of the sources this library was built from (build.py), or "". */
 PT_API const char *pt_sources(void);
@@ -184,6 +184,32 @@ PT_API int32_t pt_head(const pt_model *model, const float *hidden, int64_t rows,
 
 /* log sum exp of every row of logits [rows, vocabulary]. */
 PT_API int32_t pt_log_partition(const float *logits, int64_t rows, int32_t vocabulary, float *out);
+
+/* A run of columns of a weight, rounded one after the other under scales that stay. Weights lie
+ * transposed, [columns][rows], so that a column lies together. */
+typedef struct {
+  int64_t columns, rows; /* at most PT_MOST_COLUMNS */
+  const float *matrix;   /* [columns][columns], of which the upper half is read */
+  const float *steps;    /* [columns][rows]: a value is (level - zero) * step */
+  const float *zeros;    /* [columns][rows], or NULL */
+  const float *levels;   /* [count], ascending */
+  const float *edges;    /* [count - 1]: the largest number that still rounds to the level before */
+  int32_t count;         /* at most PT_MOST_LEVELS */
+} pt_columns;
+
+enum { PT_MOST_COLUMNS = 256, PT_MOST_LEVELS = 256 };
+
+/* GPTQ: the columns of `values` become those of the levels nearest to them, whose ranks are written
+ * to `ranks`. What rounding column j cost, divided by matrix[j][j], is written to `errors` and
+ * subtracted, times matrix[j][k], from every later column k before that is rounded. */
+PT_API int32_t pt_round_columns(const pt_columns *columns, float *values, float *errors,
+                                uint8_t *ranks);
+
+/* Coordinate descent on e H e^T for each row e of `errors`, the matrix being H: in turn each column of
+ * `values` becomes what is least with the others as they are, given `slopes` = e H. Moves are added to
+ * `errors`; `moved` says whether there was any. Columns without curvature stay. */
+PT_API int32_t pt_descend_columns(const pt_columns *columns, float *values, float *errors,
+                                  const float *slopes, int32_t *moved);
 
 /* How the token at `position` of a text is drawn. In order: logits of tokens in `history` are divided
  * (if negative, multiplied) by repetition_penalty; all are divided by the temperature; the top_k

@@ -954,6 +954,7 @@ int32_t multiply_registers(int64_t rounds) {
 }  // namespace
 
 #include "block.h"
+#include "columns.h"
 
 namespace {
 
@@ -961,7 +962,7 @@ namespace {
 [[maybe_unused]] Kernels kernels_named(const char *name) {
   return {name,     gemm_tile,  gemv,       gemm,             unpack,   rotate,   quantize,
           rms_norm, gated,      accumulate, rotate_positions, soft_cap, log_partition, remember, attend,
-          read_bytes, multiply_registers};
+          round_columns, descend_columns, read_bytes, multiply_registers};
 }
 
 }  // namespace
