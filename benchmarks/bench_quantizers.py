@@ -44,11 +44,19 @@ SAMPLES = {"demo": 32}
 # What takes the better part of an hour there: AWQ runs a model twenty times over.
 TOO_LONG = {"demo": ("w4 awq",)}
 GIB = 2**30
+# llm-compressor's GPTQ, option for option: it orders columns by activation unless told not to.
+MATCHED = WORK / "gptq-actorder.yaml"
+MATCHED_RECIPE = """\
+name: gptq-actorder
+layers: [{match: "*", weight: int4h | fp16/g64}]
+ignore: [lm_head]
+solver: {name: gptq, damping: 0.01, actorder: true}
+"""
 # format -> what ours is called -> (recipe, options)
 OURS: dict[str, dict[str, tuple[Any, tuple[str, ...]]]] = {
     "W4 g64": {
         "rtn": ("w4a16", ("--solver", "rtn", "--transform", "none")),
-        "gptq": ("w4a16", ("--solver", "gptq", "--transform", "none")),
+        "gptq": (str(MATCHED), ()),
         "w4a16": ("w4a16", ()),
     },
     "W8A8": {
@@ -87,6 +95,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few windows; writes no result")
     args = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
+    MATCHED.write_text(MATCHED_RECIPE, encoding="utf-8")
     peer = args.peer if args.peer.is_file() else None
     if peer is None:
         print(f"{args.peer}: no such file, so llm-compressor is left out; see the top of this "

@@ -1,6 +1,7 @@
 """Branches through the pipeline: fitted, stored, loaded, trained, resumed."""
 
 import hashlib
+from functools import partial
 
 import pytest
 import torch
@@ -97,12 +98,15 @@ def test_distillation_lowers_the_loss_and_continues_where_it_was_killed(
     assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
 
 
-def test_training_that_does_not_help_is_undone(tiny_llama, tmp_path, recipe):
-    wild = "distill: {steps: 3, batch: 2, rate: 1000}\n"
-    result = quantize(tiny_llama, recipe=recipe(SVD, wild), out=tmp_path / "wild", **CALIBRATION)
-    assert not result["distilled"]["kept"]
+def test_training_that_does_not_help_is_undone(tiny_llama, tmp_path, recipe, monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, maximize=True))
+    uphill = recipe(SVD, "distill: {steps: 12, batch: 2, rate: 0.01}\n")
+    result = quantize(tiny_llama, recipe=uphill, out=tmp_path / "uphill", **CALIBRATION)[
+        "distilled"
+    ]
+    assert result["loss_after"] > result["loss_before"] and not result["kept"]
     quantize(tiny_llama, recipe=recipe(SVD), out=tmp_path / "fitted", **CALIBRATION)
-    assert torch.equal(logits(tmp_path / "wild"), logits(tmp_path / "fitted"))
+    assert torch.equal(logits(tmp_path / "uphill"), logits(tmp_path / "fitted"))
 
 
 @pytest.mark.parametrize("count, size", [(7, 3), (4, 4), (3, 8)])
