@@ -59,7 +59,6 @@ KEYS = ("delta_nll", "ci_low", "ci_high", "kl", "kl_ci_low", "kl_ci_high", "gree
 
 PER_TOKEN, PER_32 = "int8h | fp32/row", "int8h | fp32/g32"
 GPTQ = {"name": "gptq", "damping": 0.1, "clip": "mse", "sweeps": 8}
-MSE = {"name": "mse", "steps": 12, "lowest": 0.8}
 
 
 def _whole(name: str, weight: str, solver: dict[str, Any], **rule: Any) -> dict[str, Any]:
@@ -81,7 +80,7 @@ SHIPPED = ("w8a8", "w6a8", "w6a16", "w4", "w4a8", "w4a16")
 RECIPES: dict[str, Any] = {name: name for name in SHIPPED} | {
     made["name"]: made
     for made in (
-        _whole("w6a8-head6", "int6 | fp16/g64", MSE, input=PER_TOKEN, rotate=True),
+        _whole("w6a8-head6", "int6h | fp16/g64", GPTQ, input=PER_TOKEN, rotate=True),
         _whole("w4-g64", "int4 | fp16/g64", GPTQ),
         _whole("w4-zero-g64", "int4z | fp16/g64", GPTQ),
         _whole("w4-g32", "int4 | fp16/g32", GPTQ),

@@ -87,7 +87,7 @@ def test_options_override_the_recipe():
     recipe = load_recipe("w4a16").override("rtn", samples=3, text=None)
     assert recipe.solver.name == "rtn" and recipe.calibration.samples == 3
     assert recipe.calibration.window == load_recipe("w4a16").calibration.window
-    assert recipe.transform.name == "smooth" and recipe.calibrated
+    assert recipe.transform.name == "awq" and recipe.calibrated
     plain = recipe.override(transform="none")
     assert plain.transform is None and not plain.calibrated
     assert parse_recipe(MINIMAL + "transform: none", "mine.yaml").transform is None

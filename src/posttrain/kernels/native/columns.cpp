@@ -19,6 +19,13 @@ Thresholds thresholds_of(const pt_columns &c) {
   found.half = 1;
   while (2 * found.half < c.count) found.half *= 2;
   for (int i = 0; i < PT_MOST_LEVELS; i++) found.at[i] = i < c.count - 1 ? c.edges[i] : INFINITY;
+  found.consecutive = c.levels[0] == rintf(c.levels[0]);
+  for (int i = 0; i + 1 < c.count; i++) {
+    const float level = c.levels[i], middle = level + 0.5f;
+    const bool even = fmodf(level, 2.0f) == 0; /* a tie goes to the even one */
+    found.consecutive &= c.levels[i + 1] == level + 1;
+    found.consecutive &= c.edges[i] == (even ? middle : nextafterf(middle, -INFINITY));
+  }
   return found;
 }
 

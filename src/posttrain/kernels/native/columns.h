@@ -9,23 +9,42 @@ namespace {
 INLINE void rank_lanes(const Thresholds &thresholds, const float *y, int32_t *rank) {
   for (int i = 0; i < kPanel; i++) rank[i] = 0;
   for (int half = thresholds.half; half; half /= 2)
-    for (int i = 0; i < kPanel; i++)
-      rank[i] += thresholds.at[rank[i] + half - 1] < y[i] ? half : 0;
+    for (int i = 0; i < kPanel; i++) /* no branch: it would be guessed wrong half the time */
+      rank[i] += half * (int32_t)(thresholds.at[rank[i] + half - 1] < y[i]);
 }
 
-/* The levels nearest to `target`, as values; their ranks. */
-INLINE F32 nearest_levels(const pt_columns &c, const Thresholds &thresholds, int64_t at,
+/* The levels nearest to y, and their ranks where they are wanted. */
+INLINE F32 nearest_levels(const pt_columns &c, const Thresholds &thresholds, F32 y, int32_t *rank) {
+  if (thresholds.consecutive) {
+    const F32 lowest = set_f32(c.levels[0]), highest = set_f32(c.levels[c.count - 1]);
+    const F32 level = to_f32(rounded(minimum(maximum(y, lowest), highest)));
+    float ranks[kPanel];
+    store_some(ranks, subtract(level, lowest), kPanel);
+    if (rank)
+      for (int i = 0; i < kPanel; i++) rank[i] = (int32_t)ranks[i];
+    return level;
+  }
+  float lanes[kPanel], level[kPanel];
+  int32_t found[kPanel];
+  store_some(lanes, y, kPanel);
+  rank_lanes(thresholds, lanes, found);
+  for (int i = 0; i < kPanel; i++) level[i] = c.levels[found[i]];
+  if (rank) __builtin_memcpy(rank, found, sizeof found);
+  return load_floats(level);
+}
+
+/* `target` rounded: (nearest level - zero) * step. A step of zero makes 0, of the level nearest to the
+ * zero point, as numbers.nonzero has it. */
+INLINE F32 nearest_values(const pt_columns &c, const Thresholds &thresholds, int64_t at,
                           int64_t count, F32 target, int32_t *rank) {
-  const F32 step = load_some(c.steps + at, count);
-  const F32 zero = c.zeros ? load_some(c.zeros + at, count) : set_f32(0.0f);
-  float y[kPanel], level[kPanel], steps[kPanel], zeros[kPanel];
-  store_some(y, add(divide(target, step), zero), kPanel);
+  const F32 step = load_some(c.steps + at, count), none = set_f32(0.0f);
+  const F32 zero = c.zeros ? load_some(c.zeros + at, count) : none;
+  float steps[kPanel], quotients[kPanel];
   store_some(steps, step, kPanel);
-  store_some(zeros, zero, kPanel);
-  for (int i = 0; i < kPanel; i++) y[i] = steps[i] == 0 ? zeros[i] : y[i]; /* as numbers.nonzero */
-  rank_lanes(thresholds, y, rank);
-  for (int i = 0; i < kPanel; i++) level[i] = c.levels[rank[i]];
-  return mul(subtract(load_floats(level), zero), step);
+  store_some(quotients, divide(target, step), kPanel);
+  for (int i = 0; i < kPanel; i++) quotients[i] = steps[i] == 0 ? 0.0f : quotients[i];
+  const F32 level = nearest_levels(c, thresholds, add(load_floats(quotients), zero), rank);
+  return mul(subtract(level, zero), step);
 }
 
 /* later[k] += factors[k] * moved, for the columns after this one */
@@ -43,7 +62,7 @@ void round_columns(const pt_columns &c, const Thresholds &thresholds, int64_t ro
   for (int64_t j = 0; j < c.columns; j++) {
     const int64_t at = j * c.rows + row;
     const float *factors = c.matrix + j * c.columns;
-    const F32 value = nearest_levels(c, thresholds, at, count, left[j], rank);
+    const F32 value = nearest_values(c, thresholds, at, count, left[j], rank);
     const F32 error = divide(subtract(left[j], value), set_f32(factors[j]));
     pass_on(left + j + 1, factors + j + 1, c.columns - j - 1, subtract(set_f32(0.0f), error));
     store_some(values + at, value, count);
@@ -57,7 +76,6 @@ bool descend_columns(const pt_columns &c, const Thresholds &thresholds, int64_t 
                      float *errors, const float *slopes) {
   const int64_t count = c.rows - row < kPanel ? c.rows - row : kPanel;
   F32 slope[PT_MOST_COLUMNS];
-  int32_t rank[kPanel];
   bool any = false;
   for (int64_t j = 0; j < c.columns; j++) slope[j] = load_some(slopes + j * c.rows + row, count);
   for (int64_t j = 0; j < c.columns; j++) {
@@ -66,7 +84,7 @@ bool descend_columns(const pt_columns &c, const Thresholds &thresholds, int64_t 
     if (!(factors[j] > 0)) continue;
     const F32 before = load_some(values + at, count);
     const F32 target = subtract(before, divide(slope[j], set_f32(factors[j])));
-    const F32 after = nearest_levels(c, thresholds, at, count, target, rank);
+    const F32 after = nearest_values(c, thresholds, at, count, target, nullptr);
     const F32 move = subtract(after, before);
     float moves[kPanel];
     store_some(moves, move, kPanel);

@@ -101,10 +101,12 @@ static inline int64_t attention_scratch(int64_t positions) {
 }
 
 /* Where rounding goes over from one level to the next, padded with infinities so that a search halves
- * it `half`, `half` / 2, ..., 1. */
+ * it `half`, `half` / 2, ..., 1. consecutive: whether the levels are neighbouring integers and ties go
+ * to the even one, as the processor rounds. */
 struct Thresholds {
   float at[PT_MOST_LEVELS];
   int half;
+  bool consecutive;
 };
 
 struct Kernels {
