@@ -22,6 +22,8 @@ description: INT{bits} weights in groups of 64 for every layer, GPTQ
 layers:
   - match: "*"
     weight: int{bits} | fp16/g64
+  - match: lm_head
+    weight: int{bits} | fp16/g64
 solver: {{name: gptq, damping: 0.1, clip: mse, sweeps: 8}}
 calibration: {{samples: {samples}, window: 512}}
 """

@@ -356,7 +356,10 @@ def test_a_checkpoint_of_compressed_tensors_keeps_its_budget(model, tmp_path):
     )
     result = quantize(model, recipe=tmp_path / "ct.yaml", out=tmp_path / "o", max_bytes=12_650_000, progress=False)  # fmt: skip
     assert result["format"] == "compressed-tensors"
-    assert result["bytes"] <= result["search"]["predicted_bytes"] <= 12_650_000
+    found = result["search"]["predicted_bytes"]
+    # Exact but for the shape that layers of packed codes store and layers of whole bytes do not.
+    layers = sum(len(group["layers"]) for group in result["search"]["groups"])
+    assert result["bytes"] <= found <= min(result["bytes"] + 16 * layers, 12_650_000)
     assert len({layer["weight"] for layer in result["layers"]}) > 1
 
 

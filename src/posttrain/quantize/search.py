@@ -200,7 +200,8 @@ class Sizes:
         parts = storage.layout("weight", weight, shape).values()
         nbytes = sum(math.prod(size) * dtype.itemsize for size, dtype in parts)
         if self.padded:
-            nbytes += (WORD - 1) * math.prod(shape[:-1]) + SHAPE_BYTES
+            row = -(-shape[-1] * weight.bits // 8)
+            nbytes += -row % WORD * math.prod(shape[:-1]) + SHAPE_BYTES
         return nbytes
 
     def budget(self, search: Search) -> int:
@@ -208,7 +209,8 @@ class Sizes:
         if search.max_bytes is not None:
             return search.max_bytes
         assert search.bits is not None
-        return math.floor(search.bits * self.parameters / 8)
+        # A thousandth of a byte more: bits that a result states mean its own bytes again.
+        return math.floor(search.bits * self.parameters / 8 + 1e-3)
 
     def bits(self, nbytes: int) -> float:
         return 8 * nbytes / self.parameters
