@@ -17,13 +17,13 @@ from posttrain.kernels.library import Columns
 from posttrain.numbers import Grid
 from posttrain.numbers.grids import edges, levels
 
-MOST_COLUMNS = 256  # in one call (native/posttrain.h)
+MOST_COLUMNS = MOST_LEVELS = 256  # in one call (native/posttrain.h)
 
 
-def rounds(grid: Grid) -> bool:
-    """Whether the kernels are here and can round to this grid."""
-    values = levels(grid)
-    return values is not None and len(values) <= 256 and library.available()
+def rounds(grid: Grid, weight: Tensor) -> bool:
+    """Whether the kernels are here and can round this weight to this grid."""
+    values, plain = levels(grid), weight.device.type == "cpu" and weight.dtype == torch.float32
+    return plain and values is not None and len(values) <= MOST_LEVELS and library.available()
 
 
 def round_columns(
@@ -78,6 +78,8 @@ def descend_columns(
 def _columns(matrix: Tensor, grid: Grid, steps: Tensor, zeros: Tensor | None) -> Columns:
     matrix, (count, rows) = matrix.contiguous(), steps.shape
     values, limits = _levels(grid), edges(grid)
+    for tensor in (matrix, steps, *(() if zeros is None else (zeros,))):
+        assert tensor.dtype == torch.float32 and tensor.is_contiguous()
     zero = None if zeros is None else zeros.data_ptr()
     pointers = (matrix.data_ptr(), steps.data_ptr(), zero, values.data_ptr(), limits.data_ptr())
     columns = Columns(count, rows, *pointers, len(values))

@@ -1,9 +1,9 @@
 """Float32 products in torch, by the faster of the two libraries it has for them.
 
 torch multiplies float32 matrices with MKL, which leaves AVX-512 unused on AMD's processors; oneDNN,
-which torch has too, is twice as fast there (measured on Zen 5: 470 against 215 GFLOP/s on two cores)
-and no less exact. torch hands it float32 only where it is allowed to round the inputs to bfloat16.
-oneDNN makes use of that where AMX multiplies bfloat16, and there it is not asked.
+which torch has too, is twice as fast there (seen on Zen 5) and no less exact. torch hands it float32
+only where it is allowed to round the inputs to bfloat16. oneDNN makes use of that where AMX multiplies
+bfloat16, and there it is not asked.
 """
 
 from collections.abc import Iterator

@@ -56,7 +56,7 @@ def settle(weight: Tensor, start: QTensor, hessian: Tensor, sweeps: int) -> QTen
         square, zeros = hessian[run, run], None if zero is None else zero[run]
         return descend_columns(values, error, slope, square, grid, step[run], zeros)
 
-    visit = natively if rounds(grid) else one_by_one(hessian, nearest)
+    visit = natively if rounds(grid, weight) else one_by_one(hessian, nearest)
     values = sweep(weight, start.dequantize(), hessian, sweeps, visit)
     return quantize(values, start.spec, scales=start.scales)
 

@@ -147,7 +147,7 @@ def _round_columns(
     zero = scales.expand_zero_point(weight.shape)
     zero = None if zero is None else zero.T[order].contiguous()
     codes: list[torch.Tensor] = []
-    rounded = round_columns if rounds(grid) else _one_by_one
+    rounded = round_columns if rounds(grid, weight) else _one_by_one
     lazy = max(lazy // width, 1) * width if width else lazy
     for start in range(0, columns, lazy):
         stop = min(start + lazy, columns)
