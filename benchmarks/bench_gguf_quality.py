@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import yaml
 from bench_recipes import WORK
-from common import run_json, write_result
+from common import run_json, verdict, write_result
 
 from posttrain.bench.contenders import LlamaCpp
 from posttrain.bench.gguf_peer import gguf_of
@@ -308,13 +308,8 @@ def _duel(ours: Entry, theirs: Entry) -> dict[str, Any]:
         "delta_nll": delta.mean,
         "ci_low": delta.low,
         "ci_high": delta.high,
-        "verdict": _verdict(delta, fewer),
+        "verdict": f"{verdict(delta.low, delta.high)}, {'no more' if fewer else 'more'} bits",
     }
-
-
-def _verdict(delta: Any, fewer: bool) -> str:
-    loss = "better" if delta.high < 0 else "worse" if delta.low > 0 else "not told apart"
-    return f"{loss}, {'no more' if fewer else 'more'} bits"
 
 
 def _batches(tokens: list[int]) -> Iterator[tuple[int, list[int]]]:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from bench_gguf_quality import WINDOW
 from bench_recipes import WORK
-from common import ROOT, run_measured, write_result
+from common import ROOT, run_measured, verdict, write_result
 from safetensors.torch import save_file
 
 import posttrain
@@ -225,7 +225,6 @@ def _duel(form: str, ours: str, theirs: str, found: dict[Any, Any]) -> dict[str,
         for tool, name in (("posttrain", ours), ("llm-compressor", theirs))
     ]
     (delta,) = mean_over_windows([(nll[0] - nll[1])[:, None]])
-    verdict = "better" if delta.high < 0 else "worse" if delta.low > 0 else "not told apart"
     return {
         "format": form,
         "ours": f"posttrain {ours}",
@@ -233,7 +232,7 @@ def _duel(form: str, ours: str, theirs: str, found: dict[Any, Any]) -> dict[str,
         "delta_nll": delta.mean,
         "ci_low": delta.low,
         "ci_high": delta.high,
-        "verdict": verdict,
+        "verdict": verdict(delta.low, delta.high),
     }
 
 

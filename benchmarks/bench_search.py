@@ -4,15 +4,15 @@
 
 Writes results/search-NAME.json. All layers, the output head included, have INT weights in groups of
 64 by the same solver. `posttrain quantize --bits B` is asked for the bits that a uniform width takes;
-both are compared with the original, and with each other, on the same text: `loss` and `kl` of either,
-and `less`, the loss of the searched less that of the uniform, with its interval.
+both are compared with the original, and with each other, on the same text. `less` is the loss of the
+searched less that of the uniform, with its interval.
 """
 
 import argparse
 from typing import Any
 
 from bench_recipes import WORK
-from common import run_json, write_result
+from common import run_json, verdict, write_result
 
 WIDTHS = {"pico": (3, 4, 5, 6), "demo": (4, 5, 6)}
 SCANS = {"pico": ("cheap", "exact"), "demo": ("cheap",)}
@@ -69,17 +69,11 @@ def _pair(model: str, width: int, windows: int) -> list[dict[str, Any]]:
                 **{f"searched_{key}": beside[1][key] for key in ("delta_nll", "kl")},
                 "less": duel["delta_nll"],
                 **{key: duel[key] for key in ("ci_low", "ci_high")},
-                "verdict": _verdict(duel),
+                "verdict": verdict(duel["ci_low"], duel["ci_high"]),
                 "seconds": found["seconds"],
             }
         )
     return rows
-
-
-def _verdict(duel: dict[str, Any]) -> str:
-    if duel["ci_low"] > 0:
-        return "worse"
-    return "better" if duel["ci_high"] < 0 else "not told apart"
 
 
 if __name__ == "__main__":

@@ -82,6 +82,11 @@ def run_measured(command: Sequence[str]) -> dict[str, Any]:
     return {"stdout": stdout, "seconds": seconds, "peak_rss_bytes": peak[0]}
 
 
+def verdict(low: float, high: float) -> str:
+    """What the interval of a difference of losses, ours less theirs, says of ours."""
+    return "better" if high < 0 else "worse" if low > 0 else "not told apart"
+
+
 def write_result(name: str, figures: dict[str, Any], seeds: Sequence[int] = (0,)) -> Path:
     """Write `results/NAME.json`: the figures and everything needed to measure them again."""
     RESULTS.mkdir(exist_ok=True)

@@ -1,5 +1,7 @@
 """`fast_float32` makes products faster, never less exact, and puts the setting back."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -28,7 +30,21 @@ def test_the_setting_of_before_comes_back():
 
 
 def test_where_inputs_would_be_rounded_nothing_is_set(monkeypatch):
-    monkeypatch.setattr(float32, "_exact", lambda: False)
+    """As on a processor with AMX."""
+    product = torch.Tensor.__matmul__
+
+    @contextmanager
+    def rounding():
+        with monkeypatch.context() as patch:
+            short = lambda x, y: product(x.bfloat16().float(), y.bfloat16().float())
+            patch.setattr(torch.Tensor, "__matmul__", short)
+            yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(float32, "_permission", rounding)
+        exact = float32._exact.__wrapped__()
+    assert not exact
+    monkeypatch.setattr(float32, "_exact", lambda: exact)
     before = setting()
     with fast_float32():
         assert setting() == before

@@ -226,3 +226,19 @@ def test_options_are_checked_by_name():
     assert set(SOLVERS) == {"rtn", "mse", "gptq", "adaround", "zq-local", "zq-global"}
     with pytest.raises(UserError, match="did you mean 'gptq'"):
         make_solver("gptqq")
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (3, 64), (40, 128)])
+@pytest.mark.parametrize(
+    "text", [*SPECS, "int4 | e8m0.ceil/tensor", "int6 | fp16/row", "int8 | fp32/tensor"]
+)
+def test_the_search_for_scales_misses_nothing_by_ending_early(text, shape):
+    spec = Spec.parse(text)
+    for seed in range(5):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        found = Problem(weight, spec)
+        ratios = torch.linspace(1.0, 0.5, 24).tolist()
+        tried = [weight - found.rounded(ratio).dequantize() for ratio in ratios]
+        errors = torch.stack([block_sum(e.square(), spec.factors[0].partition) for e in tried])
+        best = torch.tensor(ratios)[errors.argmin(0)]
+        assert torch.equal(MSEGrid().best_ratio(found), best)

@@ -149,11 +149,12 @@ def _round_columns(
     codes: list[torch.Tensor] = []
     rounded = round_columns if rounds(grid, weight) else _one_by_one
     lazy = max(lazy // width, 1) * width if width else lazy
+    size = width or lazy
     for start in range(0, columns, lazy):
         stop = min(start + lazy, columns)
         errors = []
-        for begin in range(start, stop, width or lazy):
-            end = min(begin + (width or lazy), stop)
+        for begin in range(start, stop, size):
+            end = min(begin + size, stop)
             run = slice(begin, end)
             if width:
                 part = refit(left[run].T.contiguous())

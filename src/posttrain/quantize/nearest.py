@@ -24,15 +24,12 @@ class RTN(LinearSolver):
         return problem.rounded()
 
 
-PATIENCE = 4
-
-
 @dataclass(frozen=True)
 class MSEGrid(LinearSolver):
     """Search `steps` ratios from 1 down to `lowest` of the absmax scale, per scale block.
 
     The best ratio minimises the squared error of the block's weights. The search ends early where
-    `PATIENCE` ratios in a row were better for no block: errors only grow from there.
+    the error of every block has grown to twice its least: what is cut off then outweighs all else.
     """
 
     name: ClassVar[str] = "mse"
@@ -50,17 +47,15 @@ class MSEGrid(LinearSolver):
         """Ratio per finest block, as `fit_scales(clip_ratio=...)` takes it."""
         partition = problem.spec.factors[0].partition
         best_error: torch.Tensor | None = None
-        since = 0  # ratios since any block improved
         for ratio in torch.linspace(1.0, self.lowest, self.steps).tolist():
             difference = problem.weight - problem.rounded(ratio).dequantize()
             error = block_sum(difference.square(), partition)
             if best_error is None:
                 best_error, best = error, torch.full_like(error, ratio)
                 continue
-            better = error < best_error
-            since = 0 if better.any() else since + 1
-            if since == PATIENCE:
+            if (error >= 2 * best_error).all():
                 break
+            better = error < best_error
             best_error = torch.where(better, error, best_error)
             best = torch.where(better, ratio, best)
         return best

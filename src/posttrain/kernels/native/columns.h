@@ -18,10 +18,11 @@ INLINE F32 nearest_levels(const pt_columns &c, const Thresholds &thresholds, F32
   if (thresholds.consecutive) {
     const F32 lowest = set_f32(c.levels[0]), highest = set_f32(c.levels[c.count - 1]);
     const F32 level = to_f32(rounded(minimum(maximum(y, lowest), highest)));
-    float ranks[kPanel];
-    store_some(ranks, subtract(level, lowest), kPanel);
-    if (rank)
+    if (rank) {
+      float ranks[kPanel];
+      store_some(ranks, subtract(level, lowest), kPanel);
       for (int i = 0; i < kPanel; i++) rank[i] = (int32_t)ranks[i];
+    }
     return level;
   }
   float lanes[kPanel], level[kPanel];

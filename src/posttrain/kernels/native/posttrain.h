@@ -188,7 +188,7 @@ PT_API int32_t pt_log_partition(const float *logits, int64_t rows, int32_t vocab
 /* A run of columns of a weight, rounded one after the other under scales that stay. Weights lie
  * transposed, [columns][rows], so that a column lies together. */
 typedef struct {
-  int64_t columns, rows; /* at most PT_MOST_COLUMNS */
+  int64_t columns, rows; /* columns: at most PT_MOST_COLUMNS */
   const float *matrix;   /* [columns][columns], of which the upper half is read */
   const float *steps;    /* [columns][rows]: a value is (level - zero) * step */
   const float *zeros;    /* [columns][rows], or NULL */
