@@ -2,7 +2,7 @@
 
     python benchmarks/bench_recipes.py [--text FILE] [--calibration FILE] [--windows 64]
 
-Recipes run as shipped, unless the name of a row says what differs: no smoothing, another solver, or
+Recipes run as shipped, unless the name of a row says what differs: no transform, another solver, or
 `on NAME`, calibrated on the given text instead of the default one.
 
 Writes results/demo-recipes.json. `rows` pairs each result with the full-precision model on the
@@ -24,19 +24,21 @@ from common import ROOT, run_json, write_result
 import posttrain
 from posttrain.models.load import load
 
-PLAIN = ("--transform", "none")
+PLAIN, RTN = ("--transform", "none"), ("--solver", "rtn")
 RUNS = [  # (name, recipe, options)
     ("w8a8", "w8a8", ()),
     ("w8a8-portable", "w8a8-portable", ()),
-    ("w8a8-portable unsmoothed", "w8a8-portable", PLAIN),
+    ("w8a8-portable, no transform", "w8a8-portable", PLAIN),
     ("w6a8", "w6a8", ()),
-    ("w6a8 rtn", "w6a8", ("--solver", "rtn")),
-    ("w6a8 unsmoothed", "w6a8", PLAIN),
-    ("w4a16 rtn unsmoothed", "w4a16", ("--solver", "rtn", *PLAIN)),
-    ("w4a16 rtn", "w4a16", ("--solver", "rtn")),
-    ("w4a16 gptq unsmoothed", "w4a16", PLAIN),
-    ("w4a16 gptq", "w4a16", ()),
-    ("w4a8 gptq", "w4a8", ()),
+    ("w6a8, rtn", "w6a8", RTN),
+    ("w6a8, no transform", "w6a8", PLAIN),
+    ("w6a16", "w6a16", ()),
+    ("w4a16", "w4a16", ()),
+    ("w4a16, rtn", "w4a16", RTN),
+    ("w4a16, no transform", "w4a16", PLAIN),
+    ("w4a16, rtn, no transform", "w4a16", (*RTN, *PLAIN)),
+    ("w4a8", "w4a8", ()),
+    ("w4", "w4", ()),
     ("mxfp4", "mxfp4", ()),
     ("nvfp4", "nvfp4", ()),
     ("nf4", "nf4", ()),
@@ -53,7 +55,7 @@ def main() -> None:
     text, calibration = local(args.text, "evaluation"), local(args.calibration, "calibration")
     runs = list(RUNS)
     if calibration is not None:
-        name = f"w4a16 gptq on {args.calibration.parent.name}"
+        name = f"w4a16, on {args.calibration.parent.name}"
         runs.append((name, "w4a16", ("--calibration", calibration)))
     made = {name: _quantize(name, recipe, options) for name, recipe, options in runs}
     shown = [*((_folder(name), name, facts) for name, facts in made.items()), *map(_peer, PEERS)]
@@ -66,7 +68,7 @@ def main() -> None:
             compared["pairs"], compared["models"][1:], shown, strict=True
         )
     ]
-    rtn, gptq = _folder("w4a16 rtn"), _folder("w4a16 gptq")
+    rtn, gptq = _folder("w4a16, rtn"), _folder("w4a16")
     versus = posttrain.compare([rtn, gptq], generations=False, **options)
     write_result(
         "demo-recipes",
@@ -112,7 +114,7 @@ def local(source: Path | None, role: str) -> str | None:
 
 
 def _folder(name: str) -> str:
-    return str(WORK / name.replace(" ", "-"))
+    return str(WORK / name.replace(",", "").replace(" ", "-"))
 
 
 def _quantize(name: str, recipe: str, options: Any) -> dict[str, Any]:

@@ -71,6 +71,26 @@ def test_columns_in_16_bits_help_and_cost_bits(tiny_llama, tmp_path, recipe):
     assert bits["with"] - bits["without"] == pytest.approx((3 * 32 * 16 + 3 * 64) / 1024)
 
 
+def test_a_factor_that_fused_layers_share_leaves_out_their_columns(tiny, tmp_path, recipe):
+    from transformers import AutoModelForCausalLM
+
+    source = tiny("Llama")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    block = model.model.layers[0]
+    fused = [getattr(block.self_attn, f"{x}_proj").weight for x in "qkv"]
+    block.input_layernorm.weight.data[5] *= 1000  # the loudest channel, and the widest column
+    for weight in fused:
+        weight.data[:, 5] *= 1000
+    model.save_pretrained(source)
+    path = recipe("{name: columns, count: 1}", "solver: gptq\n", weight="nvfp4")
+    quantize(source, recipe=path, out=tmp_path / "out", **CALIBRATION)
+    made = load(tmp_path / "out", dtype="float32").model.layers[0].self_attn
+    rest = max(float(weight.data.index_fill(1, torch.tensor(5), 0).abs().max()) for weight in fused)
+    for layer in (made.q_proj, made.k_proj, made.v_proj):
+        factor = layer.qweight().scales.stored[1]  # its reciprocal, as NVFP4 checkpoints have it
+        assert float(factor) == pytest.approx(6 * 448 / rest, rel=0.01)
+
+
 def test_distillation_lowers_the_loss_and_continues_where_it_was_killed(
     tiny_llama, tmp_path, recipe, monkeypatch
 ):

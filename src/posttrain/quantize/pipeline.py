@@ -226,7 +226,7 @@ def _quantize_block(
         moments: dict[str, InputMoments | None] = {}
         if inputs is not None and solver.needs_moments:
             moments = _capture(job, index, planned, inputs)
-        shared = _shared_factors(job, planned)
+        shared = _shared_factors(job, planned, moments)
         decided: dict[str, QTensor] = {}
         if inputs is not None and isinstance(solver, BlockSolver):
             teach(job, index, solver, inputs)
@@ -305,7 +305,9 @@ def _capture(
     return {name: collector.of(name) for name in linears}
 
 
-def _shared_factors(job: Job, planned: list[str]) -> dict[str, dict[int, torch.Tensor]]:
+def _shared_factors(
+    job: Job, planned: list[str], moments: dict[str, InputMoments | None]
+) -> dict[str, dict[int, torch.Tensor]]:
     """Per layer, the per-tensor factors of its scale chain that its fusion group has in common.
 
     Runtimes that fuse q/k/v or gate/up need one NVFP4 global scale for the fused matrix.
@@ -316,7 +318,11 @@ def _shared_factors(job: Job, planned: list[str]) -> dict[str, dict[int, torch.T
         whole = [i for i, f in enumerate(spec.factors) if i and str(f.partition) == "tensor"]
         stored: tuple[Any, ...] = ()
         if whole and len(group) > 1:
-            weights = [_weight(job, name) for name in group]
+            # What is quantized: columns that a branch sets apart would widen the factor for nothing.
+            weights = [
+                set_apart(job.layers[name], _weight(job, name), moments.get(name))[1]
+                for name in group
+            ]
             stored = fit_scales(torch.cat(weights, dim=-2), spec).stored
         for name in group:
             # Each layer stores its own copy: a checkpoint has no shared tensors.
