@@ -1,12 +1,15 @@
-"""The one thing pyproject.toml cannot say: compile the native kernels, and do without where needed."""
+"""What pyproject.toml cannot say: compile the native kernels, and do without where needed; put what
+was measured of each paper, results/papers, into the package."""
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
 
@@ -39,6 +42,16 @@ class BuildNative(build_ext):
             )
 
 
+class WithResults(build_py):
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            folder = Path(self.build_lib) / "posttrain/papers/results"
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in (HERE / "results/papers").glob("*.json"):
+                shutil.copyfile(path, folder / path.name)
+
+
 class AnyPython(bdist_wheel):
     def get_tag(self):
         return "py3", "none", super().get_tag()[2]
@@ -46,5 +59,5 @@ class AnyPython(bdist_wheel):
 
 setup(
     ext_modules=[Extension("posttrain.kernels._native", sources=[], optional=True)],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython},
+    cmdclass={"build_ext": BuildNative, "build_py": WithResults, "bdist_wheel": AnyPython},
 )

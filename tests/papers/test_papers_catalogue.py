@@ -1,8 +1,11 @@
 """Every paper: a claim that can be tested, an experiment that runs, a card that says it all."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -42,6 +45,20 @@ def test_what_was_measured_in_full_is_of_the_claim_in_the_file(key):
     assert {c["name"]: c["text"] for c in found["controls"]} == paper.controls
     holds = {c["name"]: c["passed"] for c in found["conditions"] + found["controls"]}
     assert found["verdict"] == paper.verdict(holds)
+
+
+def test_an_installed_package_comes_with_what_was_measured(tmp_path):
+    root = RESULTS.parents[1]
+    words = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(words, cwd=root, check=True, capture_output=True)
+    asked = "import json, posttrain; print(json.dumps([posttrain.__file__, posttrain.papers()]))"
+    ended = subprocess.run(
+        [sys.executable, "-c", asked], cwd=tmp_path, check=True, capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    where, listed = json.loads(ended.stdout)
+    assert Path(where).is_relative_to(tmp_path)
+    assert listed == posttrain.papers() and all(entry["date"] for entry in listed)
 
 
 def test_the_catalogue_lists_every_paper():

@@ -18,7 +18,12 @@ from posttrain.models.checkpoint import write_json
 from posttrain.papers.lab import Lab, fingerprint
 from posttrain.papers.paper import Paper
 
-RESULTS = Path("results") / "papers"  # of where one is, or of the source tree this runs from
+RESULTS = Path("results") / "papers"  # where `reproduce` writes
+HERE = Path(__file__).resolve().parent
+SHIPPED = (
+    HERE.parents[2] / RESULTS,
+    HERE / "results",
+)  # of the source tree; of an installed package
 LISTED = ("key", "title", "year", "area", "claim")
 
 
@@ -27,7 +32,7 @@ def catalogue() -> dict[str, Paper]:
     """Every paper by its key, oldest first."""
     found = [
         import_module(f"posttrain.papers.{entry.name}")
-        for entry in pkgutil.iter_modules([str(Path(__file__).parent)])
+        for entry in pkgutil.iter_modules([str(HERE)])
     ]
     known = [module.PAPER for module in found if hasattr(module, "PAPER")]
     return {paper.key: paper for paper in sorted(known, key=lambda p: (p.year, p.key))}
@@ -131,7 +136,7 @@ def _reproduce(paper: Paper, quick: bool, out: str | Path | None, progress: bool
 
 def _commit() -> str | None:
     """Of the source tree this runs from, with `-dirty` where it differs; None outside of one."""
-    root = Path(__file__).resolve().parents[3]
+    root = HERE.parents[2]
 
     def git(*words: str) -> str:
         ended = subprocess.run(
@@ -162,8 +167,8 @@ def _card(paper: Paper) -> dict[str, Any]:
 
 
 def _evidence(key: str) -> dict[str, Any] | None:
-    """What was measured last, here or in the source tree."""
-    for folder in (RESULTS, Path(__file__).resolve().parents[3] / RESULTS):
+    """What was measured last where one is, or else what posttrain comes with."""
+    for folder in (RESULTS, *SHIPPED):
         path = folder / f"{key}.json"
         if path.is_file():
             try:
