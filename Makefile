@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 SANITIZED := build/native-sanitized.so
@@ -36,8 +37,8 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard src/posttrain/kerne
 demo: install  ## quantize a small real model, compare, chat, report (4 minutes; a second run reuses)
 	$(BIN)/posttrain run demo
 
-test: install  ## run the tests (under 15 minutes)
-	$(BIN)/python -m pytest $(ARGS)
+test: install  ## run the tests, JOBS=2 at a time (under 15 minutes)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 # Leaks are not looked for: Python itself keeps memory until it ends; nor whether memory is given back,
 # which a sanitizer puts off.

@@ -5,6 +5,16 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes with a thread per core each would wait for one another. Set before torch is
+    # imported, and for the commands that tests start.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest test goes first: started last, it would keep one process busy while others idle."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
