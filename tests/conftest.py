@@ -12,7 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items):
-    """The longest test goes first: started last, it would keep one process busy while others idle."""
+    """A long test that would come last goes first: one process would run it while the others idle."""
     items.sort(key=lambda item: item.path.name != "test_readme.py")
 
 

@@ -20,10 +20,7 @@ from posttrain.papers.paper import Paper
 
 RESULTS = Path("results") / "papers"  # where `reproduce` writes
 HERE = Path(__file__).resolve().parent
-SHIPPED = (
-    HERE.parents[2] / RESULTS,
-    HERE / "results",
-)  # of the source tree; of an installed package
+SHIPPED = (HERE.parents[2] / RESULTS, HERE / "results")  # in the source tree; once installed
 LISTED = ("key", "title", "year", "area", "claim")
 
 
