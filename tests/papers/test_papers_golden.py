@@ -84,12 +84,12 @@ def test_llm_int8_recovers_what_outliers_cost():
     ("name", "db"), [("zqfp", 19.1), ("zqfp-m1", 17.7), ("zqfp-m2", 18.5), ("zqfp-m2-ceil", 16.3)]
 )
 def test_power_of_two_scales_cost_what_they_must(name, db):
-    """E2M1 with groups of 256 on Gaussian rows whose eight groups are 0.5 to 1.5 as loud (how
-    unequal they were is not known: within 0.15)."""
+    """E2M1 with groups of 256 on Gaussian rows whose eight groups are unequally loud. How unequal is not
+    said: between 1 and 1.5 the printed digits come out, between 0.5 and 1.5 within 0.15."""
     generator = torch.Generator().manual_seed(0)
-    loudness = 0.5 + torch.rand(1024, 8, 1, generator=generator)
+    loudness = 1 + torch.rand(1024, 8, 1, generator=generator) / 2
     x = (torch.randn(1024, 8, 256, generator=generator) * loudness).reshape(1024, 2048)
-    assert qsnr(x, fake_quantize(x, spec(name))) == pytest.approx(db, abs=0.15)
+    assert qsnr(x, fake_quantize(x, spec(name))) == pytest.approx(db, abs=0.05)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 6, 8])
