@@ -1,9 +1,10 @@
-"""Every shipped recipe on the demo model: bits, paired loss, time, memory; beside GGUF's types.
+"""The shipped recipes on the demo model: bits, paired loss, time, memory; beside GGUF's types.
 
     python benchmarks/bench_recipes.py [--text FILE] [--calibration FILE] [--windows 64]
 
 Recipes run as shipped, unless the name of a row says what differs: no transform, another solver, or
-`on NAME`, calibrated on the given text instead of the default one.
+`on NAME`, calibrated on the given text instead of the default one. `int2.1`, which trains, is left to
+`posttrain reproduce int2_1`.
 
 Writes results/demo-recipes.json. `rows` pairs each result with the full-precision model on the
 same tokens; `gptq_against_rtn` pairs GPTQ with rounding at the same 4-bit format. The peer rows

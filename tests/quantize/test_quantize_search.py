@@ -297,13 +297,22 @@ def test_the_plan_is_measured_beside_one_width_for_all(found, model, recipe, tmp
     plan, beside = result["search"], result["search"]["uniform"]
     assert not plan["is_uniform"] and 0 < plan["measured_loss"] < beside["measured_loss"]
     assert beside["predicted_bits_per_weight"] <= plan["predicted_bits_per_weight"] <= 5.0
-    monkeypatch.setattr(Scan, "together", lambda self, tokens, plans: [2.0, 1.0][: len(plans)])
+    asked = []
+
+    def together(self, tokens, plans):
+        asked.append(plans)
+        return [2.0, 1.0][: len(plans)]
+
+    monkeypatch.setattr(Scan, "together", together)
     taken = quantize(model, recipe=recipe, out=tmp_path / "o", bits=5.0, progress=False)
     assert taken["search"]["is_uniform"]
     assert len({layer["weight"].partition(" ")[0] for layer in taken["layers"]}) == 1
     assert taken["bits_per_weight"] == beside["predicted_bits_per_weight"]
-    small = quantize(model, recipe=recipe, out=tmp_path / "s", bits=3.6, progress=False)
-    assert small["search"]["uniform"] is None or small["bits_per_weight"] <= 3.6
+    one = {"candidates": "int4 | fp16/g16", "max_bytes": 10**9}
+    only = quantize(model, recipe=recipe, out=tmp_path / "s", **one, progress=False)["search"]
+    assert [len(plans) for plans in asked] == [2, 1]  # a plan that is uniform is measured once
+    assert only["uniform"]["measured_loss"] == only["measured_loss"] == 2.0
+    assert not only["is_uniform"]
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])

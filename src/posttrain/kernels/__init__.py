@@ -1,8 +1,9 @@
 """The fast paths: native products for packed weights, on the best instruction set of the machine.
 
 Source in `native/` (C++, one file per instruction set, chosen at run time); `build` compiles it,
-`library` loads it, `packed` packs weights and multiplies, `columns` rounds weights column by column. Beside every fast path stands a plain one:
-`models.linear` computes the same products in torch, and works where nothing could be compiled.
+`library` loads it, `packed` packs weights and multiplies, `columns` rounds weights column by column.
+Beside every fast path stands a plain one: `models.linear` computes the same products in torch, and
+works where nothing could be compiled.
 """
 
 from posttrain.kernels.decoder import BlockWeights, Decoder, Dimensions, Memory

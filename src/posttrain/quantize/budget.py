@@ -166,16 +166,16 @@ def _found(job: Job, state: Progress, progress: bool) -> dict[str, Any]:
         write_json(job.out / SCAN, {"method": search.scan, "rows": rows})
         plans = [best(search, scanner.groups, rows, sizes)]
         plain = uniform(search, scanner.groups, sizes)
-        plans += [plain] if plain else []
+        plans += [plain] if plain and plain != plans[0] else []
         measured = scanner.together(_tokens(job, EXACT), plans)
-        found, *same = [
+        described = [
             describe(search, scanner.groups, plan, rows, sizes) | {"measured_loss": loss}
             for plan, loss in zip(plans, measured, strict=True)
         ]
     keys = ("predicted_bits_per_weight", "predicted_loss", "measured_loss")
-    beside = {key: same[0][key] for key in keys} if same else None
-    chosen = min([found, *same], key=lambda plan: plan["measured_loss"])
-    return chosen | {"uniform": beside, "is_uniform": chosen is not found}
+    beside = {key: described[-1][key] for key in keys} if plain else None
+    chosen = min(described, key=lambda plan: plan["measured_loss"])
+    return chosen | {"uniform": beside, "is_uniform": chosen is not described[0]}
 
 
 def scan_peak(job: Job) -> int:
