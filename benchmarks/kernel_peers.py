@@ -140,19 +140,20 @@ class Posttrain(Layer):
 
         y = torch.empty(len(x), self.rows)
         outputs, strides = (ctypes.c_void_p * 1)(y.data_ptr()), (ctypes.c_int64 * 1)(self.rows)
-        calls = [
-            (
-                (ctypes.POINTER(library.Weight) * 1)(ctypes.pointer(weight.struct)), 1,
-                x.data_ptr(), self.cols, len(x), ctypes.byref(self.input.struct), outputs, strides,
+        packed = [(ctypes.POINTER(library.Weight) * 1)(ctypes.pointer(w.struct)) for w in weights]
+        chain = (library.Product * len(weights))(
+            *(
+                library.Product(
+                    one, 1, x.data_ptr(), self.cols, len(x), ctypes.pointer(self.input.struct),
+                    outputs, strides,
+                )
+                for one in packed
             )
-            for weight in weights
-        ]  # fmt: skip
-        product = library.native().pt_linear
+        )  # fmt: skip
 
         def run() -> None:
             library.use(self.kernel)
-            for call in calls:
-                product(*call)
+            library.native().pt_linear_chain(chain, len(weights))
 
         return run, lambda: y
 

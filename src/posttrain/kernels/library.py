@@ -18,7 +18,7 @@ from torch import Tensor
 
 from posttrain.errors import UserError
 
-ABI = 6
+ABI = 7
 LIBRARY = Path(__file__).with_name("_native.so")
 BUILD = "python -m posttrain.kernels.build"
 STAGES = {"integer": 0, "lookup": 1, "table": 2, "float": 3, "rows": 4}
@@ -52,6 +52,21 @@ class Input(ctypes.Structure):
     _fields_ = [
         *((name, _i32) for name in ("bits", "group", "lo", "hi", "scale_type", "rotate")),
         ("top", ctypes.c_float),
+    ]
+
+
+class Product(ctypes.Structure):
+    """`pt_product` of native/posttrain.h."""
+
+    _fields_ = [
+        ("weights", ctypes.POINTER(ctypes.POINTER(Weight))),
+        ("count", _i32),
+        ("x", _pointer),
+        ("ldx", _i64),
+        ("tokens", _i64),
+        ("input", ctypes.POINTER(Input)),
+        ("y", ctypes.POINTER(_pointer)),
+        ("ldy", ctypes.POINTER(_i64)),
     ]
 
 
@@ -142,6 +157,7 @@ _SIGNATURES = {
     "pt_pack_floats": (_i32, [_pointer, _i32, _i32, _i32, _pointer]),
     "pt_pack_scales": (_i32, [_pointer, _i32, _i32, _i32, _pointer]),
     "pt_linear": (_i32, [_weights, _i32, _pointer, _i64, _i64, _input, _pointers, _lengths]),
+    "pt_linear_chain": (_i32, [ctypes.POINTER(Product), _i32]),
     "pt_quantize": (_i32, [_pointer, _i64, _i64, _i32, _input, _pointer, _pointer]),
     "pt_rotate": (_i32, [_pointer, _i64, _i32]),
     "pt_forward": (_i32, [_model, _memories, _i32, _pointer, _pointer, _i32, _pointer, _pointer]),

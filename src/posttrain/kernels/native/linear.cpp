@@ -1,4 +1,5 @@
 /* pt_linear: quantize the activations once, divide the products among the threads. */
+#include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
@@ -15,6 +16,10 @@ namespace {
 /* Up to this many tokens, unpacking inside the product beats unpacking first. */
 const int64_t kFewTokens = 8;
 const int64_t kSharesOfFew = 32; /* of a thread, then: they read their panels in pairs */
+}
+extern "C" PT_API int64_t pt_ask; int64_t pt_ask = 1 << 14;
+namespace {
+#define kExpectedBytes pt_ask
 const int64_t kFewestTokensPerShare = 32;
 const int64_t kMostTokensPerShare = 512; /* so that what a share carries stays in the second cache */
 const int64_t kSharedBytes = 1 << 19;    /* of activations, from where they are worth sharing */
@@ -26,6 +31,10 @@ struct Workspace {
 Workspace &workspace() {
   static Workspace *space = new Workspace;
   return *space;
+}
+
+int64_t scale_size(int32_t scale_type) {
+  return scale_type == PT_F32 ? 4 : scale_type == PT_F16 || scale_type == PT_BF16 ? 2 : 1;
 }
 
 int64_t group_of(int64_t group, int64_t cols) {
@@ -166,13 +175,45 @@ void set_starts(std::vector<Product> &products) {
   }
 }
 
+/* Panels of a share of few tokens, where there are so many in all. */
+int64_t panels_of_few(int64_t total) { return 2 * ceil_div(total, 2 * kSharesOfFew * thread_count()); }
+
+/* Lets each thread ask for what it reads first when few tokens are multiplied with these weights. */
+void expect_all(const Weights &next) {
+  int64_t total = 0, blocks = 0;
+  for (int i = 0; i < next.count; i++) total += panels_of(next.all[i]->rows);
+  const int64_t panels = panels_of_few(total), threads = thread_count();
+  for (int i = 0; i < next.count; i++) blocks += ceil_div(panels_of(next.all[i]->rows), panels);
+  for (int thread = 0; thread < threads; thread++) {
+    int64_t panel = blocks * thread / threads * panels;
+    for (int i = 0; i < next.count; i++) {
+      const pt_weight &w = *next.all[i];
+      const int64_t all = panels_of(w.rows), whole = ceil_div(all, panels) * panels;
+      if (panel >= whole) {
+        panel -= whole;
+        continue;
+      }
+      auto stretch = [&](const void *from, int64_t bytes_of_panel, int64_t most) -> Stretch {
+        if (!from) return {nullptr, 0};
+        return {(const uint8_t *)from + panel * bytes_of_panel, std::min((all - panel) * bytes_of_panel, most)};
+      };
+      const int64_t codes = w.stage == PT_ROWS ? kPanel * w.cols * w.bits / 8 : panel_bytes(w.cols, w.bits);
+      const int64_t scales = ceil_div(w.cols, group_of(w.group, w.cols)) * kPanel * scale_size(w.scale_type);
+      expect(thread, {{&w, sizeof w},
+                      stretch(w.scales, scales, kExpectedBytes * scales / codes),
+                      stretch(w.codes, codes, kExpectedBytes)});
+      break;
+    }
+  }
+}
+
 /* Products that share activations, as one list of items for the pool. */
 void multiply(const Kernels &kernels, const std::vector<Product> &products, int64_t tokens) {
   const bool few = tokens <= kFewTokens;
   int64_t threads = thread_count(), total = 0;
   for (auto &p : products) total += panels_of(p.weight->rows);
   const TileShape tile = kernels.gemm_tile(products[0]); /* the same for all: they share segments */
-  int64_t panels = few ? 2 * ceil_div(total, 2 * kSharesOfFew * threads) : tile.panels;
+  int64_t panels = few ? panels_of_few(total) : tile.panels;
   if (!few && tokens * products[0].weight->cols > kSharedBytes)
     for (int i = 1; i < kTilesOfShare && ceil_div(total, 2 * panels) >= 8 * threads; i *= 2) panels *= 2;
   int64_t blocks = 0;
@@ -185,7 +226,19 @@ void multiply(const Kernels &kernels, const std::vector<Product> &products, int6
   parts = ceil_div(tokens, per_part);
   int64_t scratch = 0;
   for (auto &p : products) scratch = std::max(scratch, gemm_scratch(kernels, p, per_part));
-  uint8_t *memory = few ? nullptr : workspace().scratch.get<uint8_t>(scratch * threads);
+  uint8_t *memory = workspace().scratch.get<uint8_t>(scratch * threads);
+  if (few) {
+    const Kernels *k = &kernels;
+    const Product *first = products.data();
+    parallel_for(blocks, [k, first, panels, tokens](int64_t block, int) {
+      for (const Product *p = first;; p++) {
+        const int64_t all = panels_of(p->weight->rows), mine = ceil_div(all, panels);
+        if (block < mine) return k->gemv(*p, {block * panels, std::min((block + 1) * panels, all), 0, tokens});
+        block -= mine;
+      }
+    });
+    return;
+  }
   parallel_for(blocks * parts, [&](int64_t item, int thread) {
     int64_t block = item / parts, part = item % parts;
     for (auto &p : products) {
@@ -197,8 +250,7 @@ void multiply(const Kernels &kernels, const std::vector<Product> &products, int6
       int64_t end = (block + 1) * panels, token = part * per_part;
       Share share{block * panels, end < all ? end : all, token,
                   token + per_part < tokens ? token + per_part : tokens};
-      if (few) kernels.gemv(p, share);
-      else kernels.gemm(p, share, memory + thread * scratch);
+      kernels.gemm(p, share, memory + thread * scratch);
       return;
     }
   });
@@ -216,24 +268,27 @@ int32_t check_products(const pt_weight *const *weights, int count, const pt_inpu
   return PT_OK;
 }
 
-void multiply_all(const pt_weight *const *weights, int count, const float *x, int64_t ldx,
-                  int64_t tokens, const pt_input &input, float *const *y, const int64_t *ldy) {
+void multiply_all(Weights weights, const float *x, int64_t ldx, int64_t tokens, const pt_input &input,
+                  float *const *y, const int64_t *ldy, Weights next) {
   const Kernels &kernels = active_kernels();
-  const int64_t cols = weights[0]->cols;
+  for (int i = 0; i < next.count; i++) /* `expect_all` reads them */
+    for (const char *at = (const char *)next.all[i]; at < (const char *)(next.all[i] + 1); at += 64) __builtin_prefetch(at);
+  const int64_t cols = weights.all[0]->cols;
   Prepared prepared(kernels, x, ldx, tokens, cols, input);
   /* Weights in a row with the same groups share the same form of activations; 0 is as floats. */
   auto form = [&](const pt_weight &w) -> int64_t {
     return input.bits && w.stage <= PT_LOOKUP ? group_of(w.group, cols) : 0;
   };
-  for (int first = 0; first < count;) {
-    const int64_t group = form(*weights[first]);
-    Activations a = group ? prepared.quantized(segment_of(*weights[first], input.group),
-                                               ceil_div(cols, group), group)
+  for (int first = 0; first < weights.count;) {
+    const pt_weight &w = *weights.all[first];
+    const int64_t group = form(w);
+    Activations a = group ? prepared.quantized(segment_of(w, input.group), ceil_div(cols, group), group)
                           : prepared.floats();
     std::vector<Product> products;
-    for (; first < count && form(*weights[first]) == group; first++)
-      products.push_back({weights[first], a, nullptr, y[first], ldy[first]});
+    for (; first < weights.count && form(*weights.all[first]) == group; first++)
+      products.push_back({weights.all[first], a, nullptr, y[first], ldy[first]});
     if (group) set_starts(products);
+    if (tokens <= kFewTokens && first == weights.count) expect_all(next);
     multiply(kernels, products, tokens);
   }
 }
@@ -245,7 +300,25 @@ int32_t pt_linear(const pt_weight *const *weights, int32_t count, const float *x
   for (int i = 0; i < count; i++)
     if (ldy[i] < weights[i]->rows) return PT_BAD_SHAPE;
   if (tokens == 0) return PT_OK;
-  return guarded([&] { multiply_all(weights, count, x, ldx, tokens, *input, y, ldy); });
+  return guarded([&] { multiply_all({weights, count}, x, ldx, tokens, *input, y, ldy); });
+}
+
+int32_t pt_linear_chain(const pt_product *products, int32_t count) {
+  for (int i = 0; i < count; i++) {
+    const pt_product &p = products[i];
+    if (p.tokens < 1) return PT_BAD_SHAPE;
+    if (int32_t wrong = check_products(p.weights, p.count, *p.input)) return wrong;
+    for (int j = 0; j < p.count; j++)
+      if (p.ldy[j] < p.weights[j]->rows) return PT_BAD_SHAPE;
+  }
+  return guarded([&] {
+    for (int i = 0; i < count; i++) {
+      const pt_product &p = products[i];
+      Weights next{};
+      if (i + 1 < count) next = {products[i + 1].weights, products[i + 1].count};
+      multiply_all({p.weights, p.count}, p.x, p.ldx, p.tokens, *p.input, p.y, p.ldy, next);
+    }
+  });
 }
 
 int32_t pt_quantize(const float *x, int64_t ldx, int64_t tokens, int32_t cols,

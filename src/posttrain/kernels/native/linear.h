@@ -59,8 +59,15 @@ int32_t guarded(F compute) {
 /* PT_OK if these weights can share activations that enter like `input`. */
 int32_t check_products(const pt_weight *const *weights, int count, const pt_input &input);
 
-/* pt_linear without its checks, for callers that are `guarded`; tokens > 0. */
-void multiply_all(const pt_weight *const *weights, int count, const float *x, int64_t ldx,
-                  int64_t tokens, const pt_input &input, float *const *y, const int64_t *ldy);
+/* Weights that share activations. */
+struct Weights {
+  const pt_weight *const *all;
+  int count;
+};
+
+/* pt_linear without its checks, for callers that are `guarded`; tokens > 0. `next` are the weights of
+ * the call that follows, if that is known. */
+void multiply_all(Weights weights, const float *x, int64_t ldx, int64_t tokens, const pt_input &input,
+                  float *const *y, const int64_t *ldy, Weights next = {});
 
 #endif

@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 /* Raised with every change of a struct or a signature; Python refuses any other. */
-#define PT_ABI 6
+#define PT_ABI 7
 PT_API int32_t pt_abi(void);
 /* Hash of the sources this library was built from (build.py), or "". */
 PT_API const char *pt_sources(void);
@@ -103,6 +103,21 @@ PT_API int32_t pt_pack_scales(const void *scales, int32_t rows, int32_t groups, 
 PT_API int32_t pt_linear(const pt_weight *const *weights, int32_t count, const float *x,
                          int64_t ldx, int64_t tokens, const pt_input *input, float *const *y,
                          const int64_t *ldy);
+
+/* A call of pt_linear; tokens is at least 1. */
+typedef struct {
+  const pt_weight *const *weights;
+  int32_t count;
+  const float *x;
+  int64_t ldx, tokens;
+  const pt_input *input;
+  float *const *y;
+  const int64_t *ldy;
+} pt_product;
+
+/* Several calls of pt_linear, one after another, as a decoder makes them: towards its end each asks for
+ * the memory that the one after it reads. */
+PT_API int32_t pt_linear_chain(const pt_product *products, int32_t count);
 
 /* The quantization step of pt_linear on its own: codes [tokens, cols], scales [tokens, groups]. */
 PT_API int32_t pt_quantize(const float *x, int64_t ldx, int64_t tokens, int32_t cols,

@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #include <mutex>
+#include <type_traits>
 
 /* Held by every public function that computes: the pool and the workspace serve one at a time. */
 std::mutex &engine_lock();
@@ -18,14 +19,28 @@ int thread_count();
 void expect_another_token(bool yes);
 void set_thread_count(int count); /* at least 1; 0 is one per processor this process may use */
 
-/* Calls task(context, item, thread) for every item in [0, items), thread in [0, thread_count()). */
-typedef void (*Task)(void *context, int64_t item, int thread);
-void run_parallel(int64_t items, Task task, void *context);
+/* Memory that a thread will read first in the parallel_for after the next. It asks for it while it waits
+ * for the others and for more to do, so that memory is not idle then. */
+struct Stretch {
+  const void *from;
+  int64_t bytes;
+};
+struct Expected {
+  Stretch weight, scales, codes;
+};
+void expect(int thread, const Expected &expected);
+
+/* Calls task(closure, item, thread) for every item in [0, items), thread in [0, thread_count()).
+ * Closures up to kClosureBytes are copied to where threads look for work: fetching them from the
+ * memory of the thread that wrote them takes as long as a small product. */
+const int64_t kClosureBytes = 40;
+typedef void (*Task)(const void *closure, int64_t item, int thread);
+void run_parallel(int64_t items, Task task, const void *closure, int64_t closure_bytes);
 
 template <class F>
-void parallel_for(int64_t items, F f) {
-  run_parallel(
-      items, [](void *context, int64_t item, int thread) { (*(F *)context)(item, thread); }, &f);
+void parallel_for(int64_t items, const F &f) {
+  const Task task = [](const void *closure, int64_t item, int thread) { (*(const F *)closure)(item, thread); };
+  run_parallel(items, task, &f, std::is_trivially_copyable_v<F> ? sizeof f : 0);
 }
 
 #endif
