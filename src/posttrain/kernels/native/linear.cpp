@@ -1,5 +1,4 @@
 /* pt_linear: quantize the activations once, divide the products among the threads. */
-#include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
@@ -16,10 +15,7 @@ namespace {
 /* Up to this many tokens, unpacking inside the product beats unpacking first. */
 const int64_t kFewTokens = 8;
 const int64_t kSharesOfFew = 32; /* of a thread, then: they read their panels in pairs */
-}
-extern "C" PT_API int64_t pt_ask; int64_t pt_ask = 1 << 14;
-namespace {
-#define kExpectedBytes pt_ask
+const int64_t kExpectedBytes = 1 << 15; /* of codes that a thread asks for before it is to read them */
 const int64_t kFewestTokensPerShare = 32;
 const int64_t kMostTokensPerShare = 512; /* so that what a share carries stays in the second cache */
 const int64_t kSharedBytes = 1 << 19;    /* of activations, from where they are worth sharing */
