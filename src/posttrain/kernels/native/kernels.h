@@ -46,7 +46,7 @@ struct Activations {
 struct Product {
   const pt_weight *weight;
   Activations x;
-  const int32_t *starts; /* [tokens, segments]: -weight->zero * x.sums, what integer sums start at */
+  const int32_t *starts; /* [segments, tokens]: -weight->zero * x.sums, what integer sums start at */
   float *y;
   int64_t ldy;
 };

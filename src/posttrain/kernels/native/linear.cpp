@@ -166,7 +166,11 @@ void set_starts(std::vector<Product> &products) {
       continue;
     }
     int32_t *own = starts + i * count;
-    for (int64_t j = 0; j < count; j++) own[j] = -zero * x.sums[j];
+    parallel_for(ceil_div(x.segments, kPanel), [&](int64_t item, int) {
+      const int64_t first = item * kPanel, last = std::min(first + kPanel, x.segments);
+      for (int64_t t = 0; t < x.tokens; t++)
+        for (int64_t s = first; s < last; s++) own[s * x.tokens + t] = -zero * x.sums[t * x.segments + s];
+    });
     products[i].starts = own;
   }
 }

@@ -123,6 +123,8 @@ struct Tile {
   float *carried = nullptr; /* sums of the columns before, then of these too */
   const float *scales = nullptr; /* of the tile's segments, where there are several: floats */
   int64_t scales_stride = 0;
+  const int8_t *values = nullptr; /* of the tile's first token, from column `begin` on */
+  int64_t segment = 0;    /* columns of all segments of the block, where they are equally long */
   int64_t ahead = kAhead; /* how far ahead packed codes are asked for */
 };
 
@@ -148,9 +150,9 @@ INLINE void add_steps(I32 (&sums)[C][P][T], int p, const Bytes (&v)[Bits], const
 /* Integer sums of a segment start at -zero * sum(x): then `code - zero` needs no arithmetic. */
 template <int C, int P, int T>
 INLINE void start_segment(I32 (&sums)[C][P][T], const Tile &tile, int64_t segment) {
-  const int32_t *starts = tile.product.starts + tile.token * tile.product.x.segments + segment;
+  const int32_t *starts = tile.product.starts + segment * tile.product.x.tokens + tile.token;
   UNROLL for (int t = 0; t < T; t++) {
-    I32 start = set_i32(starts[t * tile.product.x.segments]);
+    I32 start = set_i32(starts[t]);
     UNROLL for (int p = 0; p < P; p++) {
       sums[0][p][t] = start;
       UNROLL for (int c = 1; c < C; c++) sums[c][p][t] = set_i32(0);
@@ -277,14 +279,14 @@ void packed_tile(const Tile &tile) {
   write_tile(floats, tile);
 }
 
-/* sums[p][t] += the products of columns [begin, end) of a block, unpacked before. */
-template <bool Wide, int P, int T>
-INLINE void add_columns(I32 (&sums)[P][T], const Tile &tile, const int8_t *values, int64_t begin, int64_t end) {
+/* sums[p][t] += the products of `count` columns from `begin` on of a block, unpacked before. */
+template <bool Wide, int Run, int P, int T>
+INLINE void add_columns(I32 (&sums)[P][T], const Tile &tile, const int8_t *values, int64_t begin, int64_t count) {
   const int64_t stride = tile.codes.stride, ldx = tile.product.x.stride;
   const uint8_t *codes = tile.codes.first + (begin - tile.begin) * kPanel;
   values += begin - tile.begin;
-  for (; begin < end; begin += kRun, codes += kRun * kPanel, values += kRun)
-    UNROLL for (int k = 0; k < kRun; k += kStep) {
+  for (int64_t done = 0; done < count; done += Run, codes += Run * kPanel, values += Run)
+    UNROLL for (int k = 0; k < Run; k += kStep) {
       Bytes step[P];
       UNROLL for (int p = 0; p < P; p++) step[p] = load_bytes(codes + k * kPanel + p * stride), hold(step[p]);
       UNROLL for (int t = 0; t < T; t++) {
@@ -314,7 +316,7 @@ void row_tile(const Tile &tile) {
     UNROLL for (int p = 0; p < P; p++)
       UNROLL for (int t = 0; t < T; t++) sums[0][p][t] = load_bits(aside + (p * T + t) * kPanel);
   }
-  add_columns<Wide>(sums[0], tile, tile.product.x.codes_at(tile.token, tile.begin), tile.begin, tile.end);
+  add_columns<Wide, kRun>(sums[0], tile, tile.values, tile.begin, tile.end - tile.begin);
   if (!last) {
     UNROLL for (int p = 0; p < P; p++)
       UNROLL for (int t = 0; t < T; t++) store_bits(aside + (p * T + t) * kPanel, sums[0][p][t]);
@@ -328,12 +330,13 @@ void row_tile(const Tile &tile) {
   write_tile(floats, tile);
 }
 
-/* P panels x T tokens x a block of columns of several segments; floats are carried. */
-template <bool Wide, Scales Kind, int P, int T>
+/* P panels x T tokens x a block of columns of several segments; floats are carried. `Segment`: their
+ * length where it is known when compiling, or 0. */
+template <bool Wide, Scales Kind, int Segment, int P, int T>
 void grouped_tile(const Tile &tile) {
   const Activations &x = tile.product.x;
-  const int64_t segments = x.segments;
-  const int8_t *values = x.codes_at(tile.token, tile.begin);
+  const int64_t segments = x.segments, length = Segment ? Segment : x.segment;
+  const int8_t *values = tile.values;
   const bool last = tile.end == padded(tile.product.weight->cols);
   I32 sums[1][P][T];
   F32 floats[P][T];
@@ -341,19 +344,19 @@ void grouped_tile(const Tile &tile) {
   UNROLL for (int p = 0; p < P; p++)
     UNROLL for (int t = 0; t < T; t++)
       floats[p][t] = tile.begin == 0 ? set_f32(0.0f) : load_floats(tile.carried + (p * T + t) * kPanel);
-  int64_t segment = tile.begin / x.segment;
+  int64_t segment = tile.begin / length;
   const float *scales = tile.scales;
   /* Half a unit of padding is no segment. */
   for (int64_t begin = tile.begin; begin < tile.end && segment < segments; segment++, scales += tile.scales_stride) {
-    const int64_t end = begin + x.segment < tile.end ? begin + x.segment : tile.end;
+    const int64_t count = Segment || begin + length < tile.end ? length : tile.end - begin;
     start_segment(sums, tile, segment);
-    add_columns<Wide>(sums[0], tile, values, begin, end);
+    add_columns<Wide, Segment == 32 ? Segment : kRun>(sums[0], tile, values, begin, count);
     auto expanded = [&](int p, int64_t) INLINE_LAMBDA { return load_floats(scales + p * kPanel); };
     const int64_t group = Kind == kAny ? quotient(segment, x.segments_per_group) : 0; /* of zero points */
     end_segment<Kind>(sums, tile, segment, group, expanded, [&](int p, int t, F32 sum, F32 factor) INLINE_LAMBDA {
       floats[p][t] = fma(sum, factor, floats[p][t]);
     });
-    begin = end;
+    begin += count;
   }
   if (last) return write_tile(floats, tile);
   UNROLL for (int p = 0; p < P; p++)
@@ -729,8 +732,12 @@ template <bool Rows, bool Wide, int P, int T>
 void byte_tile(const Tile &tile) {
   auto run = [&](auto kind) {
     constexpr Scales scales = (Scales)decltype(kind)::value;
-    if constexpr (Rows) row_tile<Wide, scales, P, T>(tile);
-    else grouped_tile<Wide, scales, P, T>(tile);
+    if constexpr (Rows) return row_tile<Wide, scales, P, T>(tile);
+    if constexpr (scales == kRows && P == kGroupedTile.panels && T == kGroupedTile.tokens) {
+      if (tile.segment == 64) return grouped_tile<Wide, scales, 64, P, T>(tile);
+      if (tile.segment == 32) return grouped_tile<Wide, scales, 32, P, T>(tile);
+    }
+    grouped_tile<Wide, scales, 0, P, T>(tile);
   };
   switch (scales_of(tile.product)) {
     case kRows: return run(Constant<kRows>{});
@@ -749,15 +756,18 @@ void integer_gemm(const Product &product, const Share &share, uint8_t *scratch) 
              [&](const Block &block, Ahead &ahead, float *carried) {
     const Codes codes = unpack(*product.weight, block, scratch);
     if (!Rows) expand_scales(product, block, scales);
+    const int64_t segment = (block.end - block.begin) % product.x.segment ? 0 : product.x.segment;
+    const int8_t *values = product.x.codes_at(0, block.begin);
+    /* Nothing is carried where there is one block: every tile may use the same memory. */
+    const bool carries = block.end - block.begin < padded(product.weight->cols);
     Share part{block.panel, block.panel_end, share.token, share.token_end};
     for_tiles<shape.panels, shape.tokens>(part, [&](auto panels, auto tokens, int64_t panel, int64_t token) {
       constexpr int p = decltype(panels)::value, t = decltype(tokens)::value;
-      /* Nothing is carried where there is one block: every tile may use the same memory. */
-      const int64_t before = block.end - block.begin == padded(product.weight->cols)
-          ? 0 : (token - part.token) * (part.panel_end - part.panel) + (panel - part.panel) * t;
+      const int64_t before = (token - part.token) * (part.panel_end - part.panel) + (panel - part.panel) * t;
       Tile tile{product, {codes.first + (panel - part.panel) * codes.stride, codes.stride},
-                panel, token, block.begin, block.end, carried + before * kPanel,
-                scales + (panel - part.panel) * kPanel, (part.panel_end - part.panel) * kPanel};
+                panel, token, block.begin, block.end, carried + (carries ? before * kPanel : 0),
+                scales + (panel - part.panel) * kPanel, (part.panel_end - part.panel) * kPanel,
+                values + token * product.x.stride, segment};
       ahead.step();
       byte_tile<Rows, Wide, p, t>(tile);
     });

@@ -226,39 +226,64 @@ INLINE void prefetch_far(const uint8_t *from, int64_t bytes) { /* to the second 
 
 INLINE uint32_t largest_magnitude(const float *x, int64_t count) {
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-  __m512i most = _mm512_setzero_si512();
-  auto take = [&](F32 v) INLINE_LAMBDA {
-    most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(v.v), magnitude));
+  __m512i most[4] = {}; /* one would wait for itself */
+  auto take = [&](int j, F32 v) INLINE_LAMBDA {
+    most[j] = _mm512_max_epu32(most[j], _mm512_and_si512(_mm512_castps_si512(v.v), magnitude));
   };
   int64_t i = 0;
-  for (; i + 16 <= count; i += 16) take(load_floats(x + i));
-  if (i < count) take(load_some(x + i, count - i));
-  return _mm512_reduce_max_epu32(most);
+  for (; i + 64 <= count; i += 64)
+    UNROLL for (int j = 0; j < 4; j++) take(j, load_floats(x + i + 16 * j));
+  for (; i + 16 <= count; i += 16) take(0, load_floats(x + i));
+  if (i < count) take(0, load_some(x + i, count - i));
+  return _mm512_reduce_max_epu32(_mm512_max_epu32(_mm512_max_epu32(most[0], most[1]), _mm512_max_epu32(most[2], most[3])));
 }
 INLINE int32_t sum_of(const int8_t *codes, int64_t count) { /* count: a multiple of 16 */
   const __m512i ones = _mm512_set1_epi8(1);
-  __m512i sum = _mm512_setzero_si512();
-  for (int64_t i = 0; i < count; i += 64) {
+  __m512i sum = _mm512_setzero_si512(), other = sum;
+  int64_t i = 0;
+  for (; i + 128 <= count; i += 128) {
+    sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(codes + i));
+    other = _mm512_dpbusd_epi32(other, ones, _mm512_loadu_si512(codes + i + 64));
+  }
+  for (; i < count; i += 64) {
     const __mmask64 there = count - i < 64 ? (1ull << (count - i)) - 1 : ~0ull;
     sum = _mm512_dpbusd_epi32(sum, ones, _mm512_maskz_loadu_epi8(there, codes + i));
   }
-  return _mm512_reduce_add_epi32(sum);
+  return _mm512_reduce_add_epi32(_mm512_add_epi32(sum, other));
 }
 /* Dividing is slow: where the product with the reciprocal, a few units in its last place away from
  * the quotient, is not next to the middle between two codes, both round to the same code. */
 INLINE void encode(const float *x, int64_t count, float scale, const pt_input &in, int8_t *codes) {
   const __m512 by = _mm512_set1_ps(scale), reciprocal = _mm512_set1_ps(1.0f / scale);
-  const __m512 lo = _mm512_set1_ps((float)in.lo), hi = _mm512_set1_ps((float)in.hi);
-  const __m512 clear = _mm512_set1_ps(0.4999f);
-  auto code = [&](F32 v) INLINE_LAMBDA {
-    __m512 q = _mm512_mul_ps(v.v, reciprocal);
-    const __m512 off = _mm512_abs_ps(_mm512_sub_ps(q, _mm512_roundscale_ps(q, 0)));
-    if (_mm512_cmp_ps_mask(off, clear, _CMP_NLT_UQ)) q = _mm512_div_ps(v.v, by);
-    const __m512i code = _mm512_cvtps_epi32(_mm512_max_ps(_mm512_min_ps(q, hi), lo)); /* ties to even */
-    return _mm512_cvtepi32_epi8(code);
+  const __m512 hi = _mm512_set1_ps((float)in.hi);
+  const __m512i lo = _mm512_set1_epi8((char)in.lo);
+  /* What is left of a number rounded to a whole one, ties to even. */
+  auto off = [](__m512 q) INLINE_LAMBDA { return _mm512_reduce_ps(q, 0); };
+  auto larger = [](__m512 a, __m512 b) INLINE_LAMBDA { return _mm512_range_ps(a, b, 0b1011); }; /* magnitude */
+  const bool endless = scale < 0x1p-126f; /* the reciprocal may be infinite */
+  auto near_middle = [&](__m512 off) INLINE_LAMBDA {
+    return endless || _mm512_cmp_ps_mask(_mm512_abs_ps(off), _mm512_set1_ps(0.4999f), _CMP_NLT_UQ) != 0;
   };
+  /* Saturates at -128 only: the upper end is left to `min`, which infinity needs. */
+  auto whole = [&](__m512 q) INLINE_LAMBDA { return _mm512_cvtps_epi32(_mm512_min_ps(q, hi)); };
+  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
   int64_t i = 0;
-  for (; i + 16 <= count; i += 16) _mm_storeu_si128((__m128i *)(codes + i), code(load_floats(x + i)));
-  if (i < count) _mm_mask_storeu_epi8(codes + i, first(count - i), code(load_some(x + i, count - i)));
+  for (; i + 64 <= count; i += 64) {
+    __m512 q[4];
+    UNROLL for (int j = 0; j < 4; j++) q[j] = _mm512_mul_ps(_mm512_loadu_ps(x + i + 16 * j), reciprocal);
+    if (near_middle(larger(larger(off(q[0]), off(q[1])), larger(off(q[2]), off(q[3])))))
+      UNROLL for (int j = 0; j < 4; j++) q[j] = _mm512_div_ps(_mm512_loadu_ps(x + i + 16 * j), by);
+    const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(whole(q[0]), whole(q[1])),
+                                             _mm512_packs_epi32(whole(q[2]), whole(q[3])));
+    _mm512_storeu_si512(codes + i, _mm512_max_epi8(_mm512_permutexvar_epi32(order, bytes), lo));
+  }
+  for (; i < count; i += 16) {
+    const __mmask16 there = count - i < 16 ? first(count - i) : 0xffff;
+    const __m512 v = _mm512_maskz_loadu_ps(there, x + i);
+    __m512 q = _mm512_mul_ps(v, reciprocal);
+    if (near_middle(off(q))) q = _mm512_div_ps(v, by);
+    const __m128i bytes = _mm512_cvtsepi32_epi8(whole(q));
+    _mm_mask_storeu_epi8(codes + i, there, _mm_max_epi8(bytes, _mm512_castsi512_si128(lo)));
+  }
 }
 }  // namespace
