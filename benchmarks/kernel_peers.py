@@ -137,23 +137,15 @@ class Posttrain(Layer):
 
     def _from_c(self, x: Tensor, weights: list[Any]) -> Plan:
         from posttrain.kernels import library
+        from posttrain.kernels.packed import product
 
         y = torch.empty(len(x), self.rows)
-        outputs, strides = (ctypes.c_void_p * 1)(y.data_ptr()), (ctypes.c_int64 * 1)(self.rows)
-        packed = [(ctypes.POINTER(library.Weight) * 1)(ctypes.pointer(w.struct)) for w in weights]
-        chain = (library.Product * len(weights))(
-            *(
-                library.Product(
-                    one, 1, x.data_ptr(), self.cols, len(x), ctypes.pointer(self.input.struct),
-                    outputs, strides,
-                )
-                for one in packed
-            )
-        )  # fmt: skip
+        asked = [product(x, [weight], self.input, [y]) for weight in weights]
+        products = (library.Product * len(asked))(*asked)
 
         def run() -> None:
             library.use(self.kernel)
-            library.native().pt_linear_chain(chain, len(weights))
+            library.native().pt_linear(products, len(products))
 
         return run, lambda: y
 

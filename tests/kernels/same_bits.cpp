@@ -48,7 +48,8 @@ static std::vector<float> product(const char *isa, const Example &example, const
   const pt_weight *weights[] = {&example.weight};
   float *out[] = {y.data()};
   const int64_t ldy[] = {kRows};
-  if (!pt_use(isa) || pt_linear(weights, 1, x.data(), kCols, tokens, &input, out, ldy)) {
+  const pt_product product{weights, 1, x.data(), kCols, tokens, &input, out, ldy};
+  if (!pt_use(isa) || pt_linear(&product, 1)) {
     fprintf(stderr, "%s refused\n", isa);
     exit(1);
   }

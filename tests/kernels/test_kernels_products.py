@@ -7,6 +7,7 @@ from torch import Tensor
 from posttrain import kernels
 from posttrain.errors import UserError
 from posttrain.kernels import InputFormat, PackedWeight, library
+from posttrain.kernels.packed import product as product_struct
 from posttrain.models.linear import integer_product
 from posttrain.models.rotation import rotate
 from posttrain.numbers import QTensor, Scales, Spec, fake_quantize, quantize
@@ -243,6 +244,27 @@ def test_rotation_is_that_of_the_model(isa):
         eye = PackedWeight.from_tensor(torch.eye(cols))
         (y,) = kernels.linear(x, [eye], InputFormat.of(None, rotate=True))
         torch.testing.assert_close(y, rotate(x), rtol=1e-5, atol=1e-5)
+
+
+def test_products_in_a_row_are_those_of_single_calls(isa):
+    """One token and many by turns, weights that share activations, the same memory for results."""
+    input = InputFormat.of(Spec.parse(A8))
+    for threads in (1, 2, 3):
+        kernels.set_threads(threads)
+        wanted, found, asked = [], [], []
+        for tokens, rows, weights in [
+            (1, 200, "w4g64"), (9, 17, "w6"), (1, 999, "w8g32"), (0, 20, "w4"), (3, 40, "w4g64z"),
+        ]:  # fmt: skip
+            q, bias, x = example(weights, rows, 96, tokens)
+            packed = [PackedWeight.from_qtensor(q, bias), PackedWeight.from_qtensor(q)]
+            outputs = [torch.full((tokens, rows), torch.nan) for _ in packed]
+            asked.append(product_struct(x, packed, input, outputs))
+            wanted += kernels.linear(x, packed, input)
+            found += outputs
+        structs = (library.Product * len(asked))(*asked)
+        assert library.native().pt_linear(structs, len(structs)) == 0
+        assert all(map(torch.equal, found, wanted))
+    kernels.set_threads(0)
 
 
 def test_empty_batches_and_strangers():

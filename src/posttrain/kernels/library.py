@@ -56,8 +56,9 @@ class Input(ctypes.Structure):
 
 
 class Product(ctypes.Structure):
-    """`pt_product` of native/posttrain.h."""
+    """`pt_product` of native/posttrain.h. alive: what owns the memory it points to."""
 
+    alive: tuple[object, ...] = ()
     _fields_ = [
         ("weights", ctypes.POINTER(ctypes.POINTER(Weight))),
         ("count", _i32),
@@ -142,11 +143,8 @@ class Draw(ctypes.Structure):
     ]
 
 
-_weights, _input, _pointers, _lengths = (
-    ctypes.POINTER(kind) for kind in (ctypes.POINTER(Weight), Input, _pointer, _i64)
-)
-_model, _memories, _draws, _columns = (
-    ctypes.POINTER(kind) for kind in (Model, Memory, Draw, Columns)
+_products, _input, _model, _memories, _draws, _columns = (
+    ctypes.POINTER(kind) for kind in (Product, Input, Model, Memory, Draw, Columns)
 )
 _SIGNATURES = {
     "pt_code_bytes": (_i64, [_i32, _i32, _i32]),
@@ -156,8 +154,7 @@ _SIGNATURES = {
     "pt_unpack_rows": (_i32, [_pointer, _i32, _i32, _i32, _pointer, _i64, _pointer]),
     "pt_pack_floats": (_i32, [_pointer, _i32, _i32, _i32, _pointer]),
     "pt_pack_scales": (_i32, [_pointer, _i32, _i32, _i32, _pointer]),
-    "pt_linear": (_i32, [_weights, _i32, _pointer, _i64, _i64, _input, _pointers, _lengths]),
-    "pt_linear_chain": (_i32, [ctypes.POINTER(Product), _i32]),
+    "pt_linear": (_i32, [_products, _i32]),
     "pt_quantize": (_i32, [_pointer, _i64, _i64, _i32, _input, _pointer, _pointer]),
     "pt_rotate": (_i32, [_pointer, _i64, _i32]),
     "pt_forward": (_i32, [_model, _memories, _i32, _pointer, _pointer, _i32, _pointer, _pointer]),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from posttrain.errors import UserError
 from posttrain.kernels import library
-from posttrain.kernels.library import SCALE_TYPES, STAGES, Input, Weight
+from posttrain.kernels.library import SCALE_TYPES, STAGES, Input, Product, Weight
 from posttrain.numbers import QTensor, Spec, fake_quantize
 
 PANEL = 16  # rows that lie together (layout.h)
@@ -294,25 +294,34 @@ def linear(x: Tensor, weights: Sequence[PackedWeight], input: InputFormat) -> li
 
     The activations are rotated and quantized once for all weights.
     """
+    outputs = [torch.empty(len(x), weight.struct.rows) for weight in weights]
+    status = library.native().pt_linear(ctypes.byref(product(x, weights, input, outputs)), 1)
+    library.check(status, f"a product with {[list(w.shape) for w in weights]}")
+    return outputs
+
+
+def product(
+    x: Tensor, weights: Sequence[PackedWeight], input: InputFormat, outputs: Sequence[Tensor]
+) -> Product:
+    """What `linear` asks of the native library, results going to `outputs` [tokens, rows] float32."""
     tokens, cols = x.shape
     for weight in weights:
         if weight.struct.cols != cols:
             raise UserError(f"x has {cols} columns; the weight {list(weight.shape)} needs others")
     struct, x = _prepared(x, input)
-    outputs = [torch.empty(tokens, weight.struct.rows) for weight in weights]
     count = len(weights)
-    status = library.native().pt_linear(
+    made = Product(
         (ctypes.POINTER(Weight) * count)(*(ctypes.pointer(w.struct) for w in weights)),
         count,
         x.data_ptr(),
         cols,
         tokens,
-        ctypes.byref(struct),
+        ctypes.pointer(struct),
         (ctypes.c_void_p * count)(*(y.data_ptr() for y in outputs)),
         (ctypes.c_int64 * count)(*(w.struct.rows for w in weights)),
     )
-    library.check(status, f"a product with {[list(w.shape) for w in weights]}")
-    return outputs
+    made.alive = x, weights, outputs
+    return made
 
 
 @dataclass(frozen=True, eq=False)

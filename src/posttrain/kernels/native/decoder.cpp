@@ -110,7 +110,7 @@ class Pass {
     const pt_weight *qkv[] = {b.q, b.k, b.v};
     float *out[] = {q_, k_, v_};
     const int64_t ld[] = {queries_, keys_, keys_};
-    multiply_all({qkv, 3}, h, m_.width, tokens_, b.qkv_input, out, ld, {&b.o, 1});
+    multiply_all({qkv, 3, h, m_.width, tokens_, &b.qkv_input, out, ld}, {&b.o, 1});
     for_token_blocks(tokens_, [&](int64_t first, int64_t last, int) {
       for (int64_t t = first; t < last; t++) place(b, index, t);
     });
@@ -126,7 +126,7 @@ class Pass {
     const pt_weight *both[] = {b.gate, b.up};
     float *out[] = {gate_, up_};
     const int64_t ld[] = {hidden, hidden};
-    multiply_all({both, 2}, h, m_.width, tokens_, b.mlp_input, out, ld, {&b.down, 1});
+    multiply_all({both, 2, h, m_.width, tokens_, &b.mlp_input, out, ld}, {&b.down, 1});
     for_token_blocks(tokens_, [&](int64_t first, int64_t last, int) {
       for (int64_t t = first; t < last; t++)
         kernels_.gated(m_.activation, gate_ + t * hidden, up_ + t * hidden, hidden);
@@ -164,7 +164,7 @@ class Pass {
   void project(const pt_weight *weight, const float *from, int64_t ld, const pt_input &input,
                const float *out_norm, Weights next) {
     const int64_t width = m_.width;
-    multiply_all({&weight, 1}, from, ld, tokens_, input, &h, &width, next);
+    multiply_all({&weight, 1, from, ld, tokens_, &input, &h, &width}, next);
     for_token_blocks(tokens_, [&](int64_t first, int64_t last, int) {
       for (int64_t t = first; t < last; t++) {
         float *y = h + t * width;
@@ -246,7 +246,7 @@ class Pass {
 void head(const pt_model &m, const float *hidden, int64_t rows, float *logits) {
   const Kernels &kernels = active_kernels();
   const int64_t vocabulary = m.vocabulary;
-  multiply_all({&m.head, 1}, hidden, m.width, rows, m.head_input, &logits, &vocabulary);
+  multiply_all({&m.head, 1, hidden, m.width, rows, &m.head_input, &logits, &vocabulary});
   if (m.logit_cap == 0 && m.logit_scale == 1) return;
   for_token_blocks(rows, [&](int64_t first, int64_t last, int) {
     float *row = logits + first * vocabulary;

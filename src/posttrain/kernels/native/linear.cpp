@@ -16,6 +16,8 @@ namespace {
 const int64_t kFewTokens = 8;
 const int64_t kSharesOfFew = 32; /* of a thread, then: they read their panels in pairs */
 const int64_t kExpectedBytes = 1 << 15; /* of codes that a thread asks for before it is to read them */
+const int64_t kFewestShares = 6; /* of a thread */
+const int64_t kManyPanels = 128; /* from where it costs little that threads share activations */
 const int64_t kFewestTokensPerShare = 32;
 const int64_t kMostTokensPerShare = 512; /* so that what a share carries stays in the second cache */
 const int64_t kSharedBytes = 1 << 19;    /* of activations, from where they are worth sharing */
@@ -207,51 +209,54 @@ void expect_all(const Weights &next) {
   }
 }
 
-/* Products that share activations, as one list of items for the pool. */
-void multiply(const Kernels &kernels, const std::vector<Product> &products, int64_t tokens) {
-  const bool few = tokens <= kFewTokens;
-  int64_t threads = thread_count(), total = 0;
+/* Products of few tokens that share activations, as one list of items for the pool. */
+void multiply_few(const Kernels &kernels, const std::vector<Product> &products, int64_t tokens) {
+  int64_t total = 0, blocks = 0;
+  for (auto &p : products) total += panels_of(p.weight->rows);
+  const int64_t panels = panels_of_few(total);
+  for (auto &p : products) blocks += ceil_div(panels_of(p.weight->rows), panels);
+  /* All that the threads have to read to know their work: see parallel_for. */
+  parallel_for(blocks, [gemv = kernels.gemv, first = products.data(), panels, tokens](int64_t block, int) {
+    for (const Product *p = first;; p++) {
+      const int64_t all = panels_of(p->weight->rows), mine = ceil_div(all, panels);
+      if (block < mine) return gemv(*p, {block * panels, std::min((block + 1) * panels, all), 0, tokens});
+      block -= mine;
+    }
+  });
+}
+
+/* The same of many tokens: shares are so many panels times so many tokens. */
+void multiply_many(const Kernels &kernels, const std::vector<Product> &products, int64_t tokens) {
+  const int64_t threads = thread_count();
+  int64_t total = 0, blocks = 0, scratch = 0;
   for (auto &p : products) total += panels_of(p.weight->rows);
   const TileShape tile = kernels.gemm_tile(products[0]); /* the same for all: they share segments */
-  int64_t panels = few ? panels_of_few(total) : tile.panels;
-  if (!few && tokens * products[0].weight->cols > kSharedBytes)
+  int64_t panels = tile.panels;
+  if (tokens * products[0].weight->cols > kSharedBytes)
     for (int i = 1; i < kTilesOfShare && ceil_div(total, 2 * panels) >= 8 * threads; i *= 2) panels *= 2;
-  int64_t blocks = 0;
   for (auto &p : products) blocks += ceil_div(panels_of(p.weight->rows), panels);
   /* The tokens are divided too where there are too few rows to go round, or too many tokens. */
+  auto divisible = [&](int64_t parts) { return tokens / parts >= kFewestTokensPerShare; };
   int64_t parts = ceil_div(tokens, kMostTokensPerShare);
-  if (!few)
-    while (blocks * parts < 6 * threads && tokens / (parts + 1) >= kFewestTokensPerShare) parts++;
-  int64_t per_part = ceil_div(ceil_div(tokens, parts), tile.tokens) * tile.tokens;
+  while (blocks * parts < kFewestShares * threads && divisible(parts + 1)) parts++;
+  /* With few rows, each thread multiplies the tokens that it quantized: another's are far away. */
+  const bool by_tokens = total < kManyPanels && divisible(std::max(parts, threads));
+  if (by_tokens) parts = ceil_div(std::max(parts, threads), threads) * threads;
+  const int64_t per_part = ceil_div(ceil_div(tokens, parts), tile.tokens) * tile.tokens;
   parts = ceil_div(tokens, per_part);
-  int64_t scratch = 0;
   for (auto &p : products) scratch = std::max(scratch, gemm_scratch(kernels, p, per_part));
   uint8_t *memory = workspace().scratch.get<uint8_t>(scratch * threads);
-  if (few) {
-    const Kernels *k = &kernels;
-    const Product *first = products.data();
-    parallel_for(blocks, [k, first, panels, tokens](int64_t block, int) {
-      for (const Product *p = first;; p++) {
-        const int64_t all = panels_of(p->weight->rows), mine = ceil_div(all, panels);
-        if (block < mine) return k->gemv(*p, {block * panels, std::min((block + 1) * panels, all), 0, tokens});
-        block -= mine;
-      }
-    });
-    return;
-  }
   parallel_for(blocks * parts, [&](int64_t item, int thread) {
-    int64_t block = item / parts, part = item % parts;
+    int64_t block = by_tokens ? item % blocks : item / parts;
+    const int64_t first = (by_tokens ? item / blocks : item % parts) * per_part;
     for (auto &p : products) {
-      int64_t all = panels_of(p.weight->rows), mine = ceil_div(all, panels);
-      if (block >= mine) {
-        block -= mine;
-        continue;
+      const int64_t all = panels_of(p.weight->rows), mine = ceil_div(all, panels);
+      if (block < mine) {
+        kernels.gemm(p, {block * panels, std::min((block + 1) * panels, all), first, std::min(first + per_part, tokens)},
+                     memory + thread * scratch);
+        return;
       }
-      int64_t end = (block + 1) * panels, token = part * per_part;
-      Share share{block * panels, end < all ? end : all, token,
-                  token + per_part < tokens ? token + per_part : tokens};
-      kernels.gemm(p, share, memory + thread * scratch);
-      return;
+      block -= mine;
     }
   });
 }
@@ -268,55 +273,50 @@ int32_t check_products(const pt_weight *const *weights, int count, const pt_inpu
   return PT_OK;
 }
 
-void multiply_all(Weights weights, const float *x, int64_t ldx, int64_t tokens, const pt_input &input,
-                  float *const *y, const int64_t *ldy, Weights next) {
+void multiply_all(const pt_product &product, Weights next) {
   const Kernels &kernels = active_kernels();
+  const pt_weight *const *weights = product.weights;
+  const pt_input &input = *product.input;
+  const int64_t cols = weights[0]->cols, tokens = product.tokens;
   for (int i = 0; i < next.count; i++) /* `expect_all` reads them */
-    for (const char *at = (const char *)next.all[i]; at < (const char *)(next.all[i] + 1); at += 64) __builtin_prefetch(at);
-  const int64_t cols = weights.all[0]->cols;
-  Prepared prepared(kernels, x, ldx, tokens, cols, input);
+    for (const char *at = (const char *)next.all[i]; at < (const char *)(next.all[i] + 1); at += kVector)
+      __builtin_prefetch(at);
+  Prepared prepared(kernels, product.x, product.ldx, tokens, cols, input);
   /* Weights in a row with the same groups share the same form of activations; 0 is as floats. */
   auto form = [&](const pt_weight &w) -> int64_t {
     return input.bits && w.stage <= PT_LOOKUP ? group_of(w.group, cols) : 0;
   };
-  for (int first = 0; first < weights.count;) {
-    const pt_weight &w = *weights.all[first];
+  for (int first = 0; first < product.count;) {
+    const pt_weight &w = *weights[first];
     const int64_t group = form(w);
     Activations a = group ? prepared.quantized(segment_of(w, input.group), ceil_div(cols, group), group)
                           : prepared.floats();
     std::vector<Product> products;
-    for (; first < weights.count && form(*weights.all[first]) == group; first++)
-      products.push_back({weights.all[first], a, nullptr, y[first], ldy[first]});
+    for (; first < product.count && form(*weights[first]) == group; first++)
+      products.push_back({weights[first], a, nullptr, product.y[first], product.ldy[first]});
     if (group) set_starts(products);
-    if (tokens <= kFewTokens && first == weights.count) expect_all(next);
-    multiply(kernels, products, tokens);
+    if (tokens > kFewTokens) {
+      multiply_many(kernels, products, tokens);
+    } else {
+      if (first == product.count) expect_all(next);
+      multiply_few(kernels, products, tokens);
+    }
   }
 }
 
-int32_t pt_linear(const pt_weight *const *weights, int32_t count, const float *x, int64_t ldx,
-                  int64_t tokens, const pt_input *input, float *const *y, const int64_t *ldy) {
-  if (tokens < 0) return PT_BAD_SHAPE;
-  if (int32_t wrong = check_products(weights, count, *input)) return wrong;
-  for (int i = 0; i < count; i++)
-    if (ldy[i] < weights[i]->rows) return PT_BAD_SHAPE;
-  if (tokens == 0) return PT_OK;
-  return guarded([&] { multiply_all({weights, count}, x, ldx, tokens, *input, y, ldy); });
-}
-
-int32_t pt_linear_chain(const pt_product *products, int32_t count) {
+int32_t pt_linear(const pt_product *products, int32_t count) {
   for (int i = 0; i < count; i++) {
     const pt_product &p = products[i];
-    if (p.tokens < 1) return PT_BAD_SHAPE;
+    if (p.tokens < 0) return PT_BAD_SHAPE;
     if (int32_t wrong = check_products(p.weights, p.count, *p.input)) return wrong;
     for (int j = 0; j < p.count; j++)
       if (p.ldy[j] < p.weights[j]->rows) return PT_BAD_SHAPE;
   }
   return guarded([&] {
     for (int i = 0; i < count; i++) {
-      const pt_product &p = products[i];
       Weights next{};
       if (i + 1 < count) next = {products[i + 1].weights, products[i + 1].count};
-      multiply_all({p.weights, p.count}, p.x, p.ldx, p.tokens, *p.input, p.y, p.ldy, next);
+      if (products[i].tokens) multiply_all(products[i], next);
     }
   });
 }

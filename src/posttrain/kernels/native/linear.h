@@ -65,9 +65,8 @@ struct Weights {
   int count;
 };
 
-/* pt_linear without its checks, for callers that are `guarded`; tokens > 0. `next` are the weights of
- * the call that follows, if that is known. */
-void multiply_all(Weights weights, const float *x, int64_t ldx, int64_t tokens, const pt_input &input,
-                  float *const *y, const int64_t *ldy, Weights next = {});
+/* One product of pt_linear without its checks, for callers that are `guarded`; tokens > 0. `next`: the
+ * weights that will be multiplied after these, if that is known. */
+void multiply_all(const pt_product &product, Weights next = {});
 
 #endif

@@ -100,11 +100,6 @@ PT_API int32_t pt_pack_scales(const void *scales, int32_t rows, int32_t groups, 
 
 /* y[i] [tokens, weights[i]->rows] = x [tokens, cols] times weights[i]^T, for `count` weights that
  * share x and its quantization. Rows of y[i] lie ldy[i] floats apart, those of x ldx. */
-PT_API int32_t pt_linear(const pt_weight *const *weights, int32_t count, const float *x,
-                         int64_t ldx, int64_t tokens, const pt_input *input, float *const *y,
-                         const int64_t *ldy);
-
-/* A call of pt_linear; tokens is at least 1. */
 typedef struct {
   const pt_weight *const *weights;
   int32_t count;
@@ -115,9 +110,8 @@ typedef struct {
   const int64_t *ldy;
 } pt_product;
 
-/* Several calls of pt_linear, one after another, as a decoder makes them: towards its end each asks for
- * the memory that the one after it reads. */
-PT_API int32_t pt_linear_chain(const pt_product *products, int32_t count);
+/* Products one after another. While one ends, the memory that the next reads first is asked for. */
+PT_API int32_t pt_linear(const pt_product *products, int32_t count);
 
 /* The quantization step of pt_linear on its own: codes [tokens, cols], scales [tokens, groups]. */
 PT_API int32_t pt_quantize(const float *x, int64_t ldx, int64_t tokens, int32_t cols,

@@ -733,7 +733,7 @@ void byte_tile(const Tile &tile) {
   auto run = [&](auto kind) {
     constexpr Scales scales = (Scales)decltype(kind)::value;
     if constexpr (Rows) return row_tile<Wide, scales, P, T>(tile);
-    if constexpr (scales == kRows && P == kGroupedTile.panels && T == kGroupedTile.tokens) {
+    if constexpr (scales != kAny && P == kGroupedTile.panels && T == kGroupedTile.tokens) {
       if (tile.segment == 64) return grouped_tile<Wide, scales, 64, P, T>(tile);
       if (tile.segment == 32) return grouped_tile<Wide, scales, 32, P, T>(tile);
     }

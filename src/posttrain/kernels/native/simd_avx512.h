@@ -245,9 +245,11 @@ INLINE int32_t sum_of(const int8_t *codes, int64_t count) { /* count: a multiple
     sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(codes + i));
     other = _mm512_dpbusd_epi32(other, ones, _mm512_loadu_si512(codes + i + 64));
   }
-  for (; i < count; i += 64) {
-    const __mmask64 there = count - i < 64 ? (1ull << (count - i)) - 1 : ~0ull;
-    sum = _mm512_dpbusd_epi32(sum, ones, _mm512_maskz_loadu_epi8(there, codes + i));
+  if (i + 64 <= count) sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(codes + i)), i += 64;
+  /* Codes were written just now, and a load under a mask waits until they have left for the cache. */
+  for (; i < count; i += 16) {
+    const __m512i some = _mm512_zextsi128_si512(_mm_loadu_si128((const __m128i *)(codes + i)));
+    other = _mm512_dpbusd_epi32(other, ones, some);
   }
   return _mm512_reduce_add_epi32(_mm512_add_epi32(sum, other));
 }
