@@ -17,7 +17,7 @@ const int64_t kFewTokens = 8;
 const int64_t kSharesOfFew = 32; /* of a thread, then: they read their panels in pairs */
 const int64_t kExpectedBytes = 1 << 15; /* of codes that a thread asks for before it is to read them */
 const int64_t kFewestShares = 6; /* of a thread */
-const int64_t kManyPanels = 128; /* from where it costs little that threads share activations */
+const int64_t kManyPanels = 128; /* from where it costs little to fetch activations from another thread */
 const int64_t kFewestTokensPerShare = 32;
 const int64_t kMostTokensPerShare = 512; /* so that what a share carries stays in the second cache */
 const int64_t kSharedBytes = 1 << 19;    /* of activations, from where they are worth sharing */
@@ -239,8 +239,9 @@ void multiply_many(const Kernels &kernels, const std::vector<Product> &products,
   auto divisible = [&](int64_t parts) { return tokens / parts >= kFewestTokensPerShare; };
   int64_t parts = ceil_div(tokens, kMostTokensPerShare);
   while (blocks * parts < kFewestShares * threads && divisible(parts + 1)) parts++;
-  /* With few rows, each thread multiplies the tokens that it quantized: another's are far away. */
-  const bool by_tokens = total < kManyPanels && divisible(std::max(parts, threads));
+  /* With few rows each thread multiplies the tokens that it quantized, all weights: those of another
+   * thread may be far away. It unpacks more weights then, so there have to be more tokens. */
+  const bool by_tokens = total < kManyPanels && 2 * total < tokens && divisible(std::max(parts, threads));
   if (by_tokens) parts = ceil_div(std::max(parts, threads), threads) * threads;
   const int64_t per_part = ceil_div(ceil_div(tokens, parts), tile.tokens) * tile.tokens;
   parts = ceil_div(tokens, per_part);
