@@ -164,11 +164,17 @@ INLINE void start_segment(I32 (&sums)[C][P][T], const Tile &tile, int64_t segmen
 INLINE int64_t quotient(int64_t a, int64_t b) { return b == 1 ? a : a / b; }
 
 /* What the sums of a segment are multiplied with, known when compiling for the usual cases. */
-enum Scales { kRows, kRowsAndTokens, kAny };
+enum Scales { kRows, kRowsAndTokens, kAny, kHalves /* rows, in float16, one for each segment */ };
 
 INLINE Scales scales_of(const Product &product) {
   if (product.weight->zeros) return kAny;
   return product.x.scale_groups > 1 ? kRowsAndTokens : kRows;
+}
+
+/* Whether kHalves holds: the recipes' weights in groups. */
+INLINE bool in_halves(const Product &product) {
+  const pt_weight &w = *product.weight;
+  return scales_of(product) == kRows && w.scales && w.scale_type == PT_F16 && product.x.segments_per_group == 1;
 }
 
 /* Calls add(p, t, float(sum), scale) for the sums of a finished segment, which belongs to a group of
@@ -234,7 +240,18 @@ void packed_tile(const Tile &tile) {
     UNROLL for (int t = 0; t < T; t++) floats[p][t] = set_f32(0.0f);
   const int64_t group_bytes = kPanel * scale_bytes(w), panel_scales = x.weight_groups * group_bytes;
   const int64_t segments_per_group = x.segments_per_group;
+  const uint16_t *halves = (const uint16_t *)w.scales + tile.panel * x.weight_groups * kPanel;
   auto scale_sums = [&](int64_t segment) INLINE_LAMBDA {
+    if constexpr (Kind == kHalves) { /* of one panel */
+      static_assert(P == 1);
+      prefetch((const uint8_t *)halves + kScalesAhead, 1);
+      auto stored = [&](int, int64_t) INLINE_LAMBDA { return load_halves<true>(halves); };
+      end_segment<kRows>(sums, tile, segment, 0, stored, [&](int p, int t, F32 sum, F32 factor) INLINE_LAMBDA {
+        floats[p][t] = fma(sum, factor, floats[p][t]);
+      });
+      halves += kPanel;
+      return;
+    }
     const int64_t group = quotient(segment, segments_per_group);
     int64_t at = group * group_bytes + kScalesAhead;
     if (at >= panel_scales) at += (P - 1) * panel_scales;
@@ -638,8 +655,13 @@ void integer_gemv(const Product &product, const Share &share) {
     Tile tile{product, {codes_at(w, panel, 0), bytes}, panel, token, 0, padded(w.cols)};
     tile.ahead = reading().ahead;
     constexpr int p = decltype(panels)::value, t = decltype(tokens)::value;
-    if (scales_of(product) == kRows) packed_tile<Bits, Lookup, Bits == 8, kRows, p, t>(tile);
-    else packed_tile<Bits, Lookup, Bits == 8, kAny, p, t>(tile);
+    auto multiply = [&](auto kind) {
+      packed_tile<Bits, Lookup, Bits == 8, (Scales)decltype(kind)::value, p, t>(tile);
+    };
+    if constexpr (p == 1)
+      if (in_halves(product)) return multiply(Constant<kHalves>{});
+    if (scales_of(product) == kRows) multiply(Constant<kRows>{});
+    else multiply(Constant<kAny>{});
   };
   if (reading().streams == 1) for_tiles<1, kGemvTokens>(share, run);
   else for_tiles<2, kGemvTokens>(share, run);
