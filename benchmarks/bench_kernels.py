@@ -10,9 +10,10 @@ spin after their work would slow down the next.
 
 Decode: one token through as many copies of the layer as fill the buffer of `posttrain bench`'s
 probe of bandwidth (1 GiB, above any cache), between two runs of that probe. Prefill: prompts
-against one layer, between two probes of the VNNI peak, which AMX can pass. Our decode is called
-from C, as the decoder does it, and also from Python by `kernels.linear`, which prompts always are;
-llama.cpp, ONNX Runtime and OpenVINO get all copies in one graph; torch is called from Python.
+against one layer, between two probes of the VNNI peak, which AMX can pass. Our decode is one
+native call for all copies, as in the decoder, and also one of `kernels.linear` for each, as prompts
+always are; llama.cpp, ONNX Runtime and OpenVINO get all copies in one graph; torch is called from
+Python for each.
 Wants 20 GiB of memory; with all peers it takes about 12 minutes on 2 cores.
 """
 

@@ -11,7 +11,7 @@ Reads a JSON object per line on standard input, answers with one per line on sta
 Every library gets the same float32 weight [rows, cols], packs it its own way, and is asked for
 products of the same float32 activations. One token runs through all copies of the layer, which
 together are larger than the caches; a prompt meets one copy again and again. Libraries that run
-graphs get all copies in one graph, as a whole model would be, so that no call is timed but ours.
+graphs get all copies in one graph, as a whole model would be, and so does our decode in C.
 """
 
 import ctypes
@@ -92,7 +92,8 @@ class Layer(ABC):
 
 
 class Posttrain(Layer):
-    """`kernels.linear`; for one token also the C function below it, which the decoder calls."""
+    """`kernels.linear`; for one token also one call of the C function below it for all copies, which
+    asks for the memory of each ahead, as the decoder does."""
 
     packed: ClassVar[
         dict[tuple[Any, ...], Any]

@@ -168,11 +168,17 @@ void set_starts(std::vector<Product> &products) {
       continue;
     }
     int32_t *own = starts + i * count;
-    parallel_for(ceil_div(x.segments, kPanel), [&](int64_t item, int) {
-      const int64_t first = item * kPanel, last = std::min(first + kPanel, x.segments);
+    auto set = [&](int64_t first, int64_t last) {
       for (int64_t t = 0; t < x.tokens; t++)
         for (int64_t s = first; s < last; s++) own[s * x.tokens + t] = -zero * x.sums[t * x.segments + s];
-    });
+    };
+    if (x.tokens <= kFewTokens) {
+      set(0, x.segments);
+    } else {
+      parallel_for(ceil_div(x.segments, kPanel), [&](int64_t item, int) {
+        set(item * kPanel, std::min((item + 1) * kPanel, x.segments));
+      });
+    }
     products[i].starts = own;
   }
 }
