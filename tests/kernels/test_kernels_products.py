@@ -175,12 +175,17 @@ def test_a_token_comes_out_the_same_in_any_company(isa, weights, activations):
 def test_what_is_cut_into_blocks_comes_out_the_same(isa, weights, activations):
     """Blocks of columns, of rows and of tokens, none of them whole, against a token at a time."""
     q, _, x = example(weights, 290, 1440, 600)
-    many = product(x, q, None, activations)
-    for token in (0, 31, 511, 512, 599):
-        assert torch.equal(
-            many[token : token + 1], product(x[token : token + 1], q, None, activations)
-        )
-    assert torch.equal(many[::64], product(x[::64], q, None, activations))
+    try:
+        for threads in (1, 2, 3):
+            kernels.set_threads(threads)
+            many = product(x, q, None, activations)
+            for token in (0, 31, 511, 512, 599):
+                assert torch.equal(
+                    many[token : token + 1], product(x[token : token + 1], q, None, activations)
+                )
+            assert torch.equal(many[::64], product(x[::64], q, None, activations))
+    finally:
+        kernels.set_threads(0)
 
 
 def test_floats_are_multiplied_as_they_are(isa):
@@ -247,7 +252,7 @@ def test_rotation_is_that_of_the_model(isa):
 
 
 def test_products_in_a_row_are_those_of_single_calls(isa):
-    """One token and many by turns, weights that share activations, the same memory for results."""
+    """One token and many by turns, and none; weights that share activations."""
     input = InputFormat.of(Spec.parse(A8))
     for threads in (1, 2, 3):
         kernels.set_threads(threads)

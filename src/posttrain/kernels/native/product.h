@@ -244,7 +244,9 @@ void packed_tile(const Tile &tile) {
   auto scale_sums = [&](int64_t segment) INLINE_LAMBDA {
     if constexpr (Kind == kHalves) { /* of one panel */
       static_assert(P == 1);
+      in_this_order();
       prefetch((const uint8_t *)halves + kScalesAhead, 1);
+      in_this_order();
       auto stored = [&](int, int64_t) INLINE_LAMBDA { return load_halves<true>(halves); };
       end_segment<kRows>(sums, tile, segment, 0, stored, [&](int p, int t, F32 sum, F32 factor) INLINE_LAMBDA {
         floats[p][t] = fma(sum, factor, floats[p][t]);
