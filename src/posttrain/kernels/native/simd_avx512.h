@@ -226,16 +226,20 @@ INLINE void prefetch_far(const uint8_t *from, int64_t bytes) { /* to the second 
 
 INLINE uint32_t largest_magnitude(const float *x, int64_t count) {
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-  __m512i most[4] = {}; /* one would wait for itself */
-  auto take = [&](int j, F32 v) INLINE_LAMBDA {
-    most[j] = _mm512_max_epu32(most[j], _mm512_and_si512(_mm512_castps_si512(v.v), magnitude));
+  auto larger = [&](__m512i most, F32 v) INLINE_LAMBDA {
+    return _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(v.v), magnitude));
   };
+  __m512i most = _mm512_setzero_si512();
   int64_t i = 0;
-  for (; i + 64 <= count; i += 64)
-    UNROLL for (int j = 0; j < 4; j++) take(j, load_floats(x + i + 16 * j));
-  for (; i + 16 <= count; i += 16) take(0, load_floats(x + i));
-  if (i < count) take(0, load_some(x + i, count - i));
-  return _mm512_reduce_max_epu32(_mm512_max_epu32(_mm512_max_epu32(most[0], most[1]), _mm512_max_epu32(most[2], most[3])));
+  if (count >= 64) { /* one chain would wait for itself */
+    __m512i chains[4] = {};
+    for (; i + 64 <= count; i += 64)
+      UNROLL for (int j = 0; j < 4; j++) chains[j] = larger(chains[j], load_floats(x + i + 16 * j));
+    most = _mm512_max_epu32(_mm512_max_epu32(chains[0], chains[1]), _mm512_max_epu32(chains[2], chains[3]));
+  }
+  for (; i + 16 <= count; i += 16) most = larger(most, load_floats(x + i));
+  if (i < count) most = larger(most, load_some(x + i, count - i));
+  return _mm512_reduce_max_epu32(most);
 }
 INLINE int32_t sum_of(const int8_t *codes, int64_t count) { /* count: a multiple of 16 */
   const __m512i ones = _mm512_set1_epi8(1);
@@ -279,13 +283,12 @@ INLINE void encode(const float *x, int64_t count, float scale, const pt_input &i
                                              _mm512_packs_epi32(whole(q[2]), whole(q[3])));
     _mm512_storeu_si512(codes + i, _mm512_max_epi8(_mm512_permutexvar_epi32(order, bytes), lo));
   }
-  for (; i < count; i += 16) {
-    const __mmask16 there = count - i < 16 ? first(count - i) : 0xffff;
-    const __m512 v = _mm512_maskz_loadu_ps(there, x + i);
+  auto sixteen = [&](__m512 v) INLINE_LAMBDA {
     __m512 q = _mm512_mul_ps(v, reciprocal);
     if (near_middle(off(q))) q = _mm512_div_ps(v, by);
-    const __m128i bytes = _mm512_cvtsepi32_epi8(whole(q));
-    _mm_mask_storeu_epi8(codes + i, there, _mm_max_epi8(bytes, _mm512_castsi512_si128(lo)));
-  }
+    return _mm_max_epi8(_mm512_cvtsepi32_epi8(whole(q)), _mm512_castsi512_si128(lo));
+  };
+  for (; i + 16 <= count; i += 16) _mm_storeu_si128((__m128i *)(codes + i), sixteen(_mm512_loadu_ps(x + i)));
+  if (i < count) _mm_mask_storeu_epi8(codes + i, first(count - i), sixteen(load_some(x + i, count - i).v));
 }
 }  // namespace
