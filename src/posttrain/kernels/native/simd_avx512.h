@@ -283,10 +283,9 @@ INLINE void encode(const float *x, int64_t count, float scale, const pt_input &i
                                              _mm512_packs_epi32(whole(q[2]), whole(q[3])));
     _mm512_storeu_si512(codes + i, _mm512_max_epi8(_mm512_permutexvar_epi32(order, bytes), lo));
   }
+  /* In small groups the largest number, which may lie in the middle, is too often among sixteen. */
   auto sixteen = [&](__m512 v) INLINE_LAMBDA {
-    __m512 q = _mm512_mul_ps(v, reciprocal);
-    if (near_middle(off(q))) q = _mm512_div_ps(v, by);
-    return _mm_max_epi8(_mm512_cvtsepi32_epi8(whole(q)), _mm512_castsi512_si128(lo));
+    return _mm_max_epi8(_mm512_cvtsepi32_epi8(whole(_mm512_div_ps(v, by))), _mm512_castsi512_si128(lo));
   };
   for (; i + 16 <= count; i += 16) _mm_storeu_si128((__m128i *)(codes + i), sixteen(_mm512_loadu_ps(x + i)));
   if (i < count) _mm_mask_storeu_epi8(codes + i, first(count - i), sixteen(load_some(x + i, count - i).v));
