@@ -25,14 +25,6 @@ ctranslate2 = pytest.mark.skipif(
 SHORT = ["--prefill", "20", "--decode", "3", "--rounds", "2", "--threads", "2", "--quiet"]
 
 
-@pytest.fixture(autouse=True)
-def threads_as_before():
-    """Contenders set torch's threads for the process that they have to themselves."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A Llama checkpoint with demo's tokenizer, and the same in 4 bits."""
