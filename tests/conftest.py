@@ -1,7 +1,6 @@
 """Fixtures shared by all tests."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def same_threads():
-    """Sums depend on how many threads torch has: one test that changes it (the bench's contenders
-    do, for a process that is theirs alone) leaves it as it was for the next."""
-    torch = sys.modules.get("torch")
-    before = torch and torch.get_num_threads()
+    """Sums depend on how many threads torch has: a test that changes that (the bench's contenders do,
+    for a process that is theirs alone) leaves it as it was for the next."""
+    import torch
+
+    before = torch.get_num_threads()
     yield
-    if torch and torch.get_num_threads() != before:
+    if torch.get_num_threads() != before:
         torch.set_num_threads(before)
 
 

@@ -254,22 +254,26 @@ def test_rotation_is_that_of_the_model(isa):
 def test_products_in_a_row_are_those_of_single_calls(isa):
     """One token and many by turns, and none; weights that share activations."""
     input = InputFormat.of(Spec.parse(A8))
-    for threads in (1, 2, 3):
-        kernels.set_threads(threads)
-        wanted, found, asked = [], [], []
-        for tokens, rows, weights in [
-            (1, 200, "w4g64"), (9, 17, "w6"), (1, 999, "w8g32"), (0, 20, "w4"), (3, 40, "w4g64z"),
-        ]:  # fmt: skip
-            q, bias, x = example(weights, rows, 96, tokens)
-            packed = [PackedWeight.from_qtensor(q, bias), PackedWeight.from_qtensor(q)]
-            outputs = [torch.full((tokens, rows), torch.nan) for _ in packed]
-            asked.append(product_struct(x, packed, input, outputs))
-            wanted += kernels.linear(x, packed, input)
-            found += outputs
-        structs = (library.Product * len(asked))(*asked)
-        assert library.native().pt_linear(structs, len(structs)) == 0
-        assert all(map(torch.equal, found, wanted))
-    kernels.set_threads(0)
+    wanted, found, asked = [], [], []
+    for tokens, rows, weights in [
+        (1, 200, "w4g64"), (9, 17, "w6"), (1, 999, "w8g32"), (0, 20, "w4"), (3, 40, "w4g64z"),
+    ]:  # fmt: skip
+        q, bias, x = example(weights, rows, 96, tokens)
+        packed = [PackedWeight.from_qtensor(q, bias), PackedWeight.from_qtensor(q)]
+        outputs = [torch.empty(tokens, rows) for _ in packed]
+        asked.append(product_struct(x, packed, input, outputs))
+        wanted += kernels.linear(x, packed, input)
+        found += outputs
+    structs = (library.Product * len(asked))(*asked)
+    try:
+        for threads in (1, 2, 3):
+            kernels.set_threads(threads)
+            for y in found:
+                y.fill_(torch.nan)
+            assert library.native().pt_linear(structs, len(structs)) == 0
+            assert all(map(torch.equal, found, wanted))
+    finally:
+        kernels.set_threads(0)
 
 
 def test_empty_batches_and_strangers():

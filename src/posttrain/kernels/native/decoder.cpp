@@ -131,10 +131,13 @@ class Pass {
       for (int64_t t = first; t < last; t++)
         kernels_.gated(m_.activation, gate_ + t * hidden, up_ + t * hidden, hidden);
     });
-    const pt_block &following = m_.block[index + 1 < m_.blocks ? index + 1 : 0];
-    const pt_weight *qkv[] = {following.q, following.k, following.v};
-    const Weights next = index + 1 < m_.blocks ? Weights{qkv, 3} : Weights{&m_.head, 1};
-    project(b.down, gate_, hidden, b.down_input, b.mlp_out_norm, next);
+    if (index + 1 == m_.blocks) {
+      project(b.down, gate_, hidden, b.down_input, b.mlp_out_norm, {&m_.head, 1});
+    } else {
+      const pt_block &after = m_.block[index + 1];
+      const pt_weight *next[] = {after.q, after.k, after.v};
+      project(b.down, gate_, hidden, b.down_input, b.mlp_out_norm, {next, 3});
+    }
   }
 
   /* What enters the head. */

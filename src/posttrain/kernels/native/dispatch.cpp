@@ -139,7 +139,6 @@ void pt_set_threads(int32_t threads) {
 
 void pt_set_streams(int32_t streams) {
   std::lock_guard<std::mutex> guard(engine_lock());
-  if (streams > 255) { chosen = {streams & 255, streams >> 8}; return; }
   chosen = streams == 1 ? one_stream : streams == 2 ? two_streams : suitable_reading();
 }
 

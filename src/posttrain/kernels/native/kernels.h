@@ -71,6 +71,15 @@ struct Codes {
   int64_t stride;
 };
 
+static inline int64_t scale_bytes(const pt_weight &w) {
+  return w.scale_type == PT_F32 ? 4 : w.scale_type == PT_F16 || w.scale_type == PT_BF16 ? 2 : 1;
+}
+
+/* Bytes from one panel of a weight to the next. */
+static inline int64_t panel_bytes(const pt_weight &w) {
+  return w.stage == PT_ROWS ? kPanel * w.cols * w.bits / 8 : panel_bytes(w.cols, w.bits);
+}
+
 /* Columns multiplied at a time, about so many, so that the weights of a tile stay in the first cache. */
 static const int64_t kBlockColumns = 512;
 

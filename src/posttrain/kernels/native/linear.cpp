@@ -16,11 +16,13 @@ namespace {
 const int64_t kFewTokens = 8;
 const int64_t kSharesOfFew = 32; /* of a thread, then: they read their panels in pairs */
 const int64_t kExpectedBytes = 1 << 15; /* of codes that a thread asks for before it is to read them */
+
+/* More tokens: */
 const int64_t kFewestShares = 6; /* of a thread */
-const int64_t kManyPanels = 128; /* from where it costs little to fetch activations from another thread */
 const int64_t kFewestTokensPerShare = 32;
 const int64_t kMostTokensPerShare = 512; /* so that what a share carries stays in the second cache */
 const int64_t kSharedBytes = 1 << 19;    /* of activations, from where they are worth sharing */
+const int64_t kManyPanels = 128; /* from where it costs little to fetch activations from another thread */
 
 struct Workspace {
   Buffer rotated, values, codes, scales, sums, starts, scratch;
@@ -29,10 +31,6 @@ struct Workspace {
 Workspace &workspace() {
   static Workspace *space = new Workspace;
   return *space;
-}
-
-int64_t scale_size(int32_t scale_type) {
-  return scale_type == PT_F32 ? 4 : scale_type == PT_F16 || scale_type == PT_BF16 ? 2 : 1;
 }
 
 int64_t group_of(int64_t group, int64_t cols) {
@@ -183,30 +181,40 @@ void set_starts(std::vector<Product> &products) {
   }
 }
 
-/* Panels of a share of few tokens, where there are so many in all. */
-int64_t panels_of_few(int64_t total) { return 2 * ceil_div(total, 2 * kSharesOfFew * thread_count()); }
+/* How products of few tokens are divided: `shares` times so many panels of one of the weights. */
+struct Division {
+  int64_t panels, shares;
+};
+
+/* weight(i) is the i-th of `count`. */
+template <class F>
+Division divided(int64_t count, F weight) {
+  int64_t total = 0, shares = 0;
+  for (int64_t i = 0; i < count; i++) total += panels_of(weight(i).rows);
+  const int64_t panels = 2 * ceil_div(total, 2 * kSharesOfFew * thread_count());
+  for (int64_t i = 0; i < count; i++) shares += ceil_div(panels_of(weight(i).rows), panels);
+  return {panels, shares};
+}
 
 /* Lets each thread ask for what it reads first when few tokens are multiplied with these weights. */
 void expect_all(const Weights &next) {
-  int64_t total = 0, blocks = 0;
-  for (int i = 0; i < next.count; i++) total += panels_of(next.all[i]->rows);
-  const int64_t panels = panels_of_few(total), threads = thread_count();
-  for (int i = 0; i < next.count; i++) blocks += ceil_div(panels_of(next.all[i]->rows), panels);
-  for (int thread = 0; thread < threads; thread++) {
-    int64_t panel = blocks * thread / threads * panels;
+  const Division few = divided(next.count, [&](int64_t i) -> const pt_weight & { return *next.all[i]; });
+  for (int thread = 0, threads = thread_count(); thread < threads; thread++) {
+    int64_t share = first_item(few.shares, thread, threads);
     for (int i = 0; i < next.count; i++) {
       const pt_weight &w = *next.all[i];
-      const int64_t all = panels_of(w.rows), whole = ceil_div(all, panels) * panels;
-      if (panel >= whole) {
-        panel -= whole;
+      const int64_t mine = ceil_div(panels_of(w.rows), few.panels);
+      if (share >= mine) {
+        share -= mine;
         continue;
       }
+      const int64_t first = share * few.panels, left = panels_of(w.rows) - first;
       auto stretch = [&](const void *from, int64_t bytes_of_panel, int64_t most) -> Stretch {
         if (!from) return {nullptr, 0};
-        return {(const uint8_t *)from + panel * bytes_of_panel, std::min((all - panel) * bytes_of_panel, most)};
+        return {(const uint8_t *)from + first * bytes_of_panel, std::min(left * bytes_of_panel, most)};
       };
-      const int64_t codes = w.stage == PT_ROWS ? kPanel * w.cols * w.bits / 8 : panel_bytes(w.cols, w.bits);
-      const int64_t scales = ceil_div(w.cols, group_of(w.group, w.cols)) * kPanel * scale_size(w.scale_type);
+      const int64_t codes = panel_bytes(w);
+      const int64_t scales = ceil_div(w.cols, group_of(w.group, w.cols)) * kPanel * scale_bytes(w);
       expect(thread, {{&w, sizeof w},
                       stretch(w.scales, scales, kExpectedBytes * scales / codes),
                       stretch(w.codes, codes, kExpectedBytes)});
@@ -217,16 +225,13 @@ void expect_all(const Weights &next) {
 
 /* Products of few tokens that share activations, as one list of items for the pool. */
 void multiply_few(const Kernels &kernels, const std::vector<Product> &products, int64_t tokens) {
-  int64_t total = 0, blocks = 0;
-  for (auto &p : products) total += panels_of(p.weight->rows);
-  const int64_t panels = panels_of_few(total);
-  for (auto &p : products) blocks += ceil_div(panels_of(p.weight->rows), panels);
+  const Division few = divided(products.size(), [&](int64_t i) -> const pt_weight & { return *products[i].weight; });
   /* All that the threads have to read to know their work: see parallel_for. */
-  parallel_for(blocks, [gemv = kernels.gemv, first = products.data(), panels, tokens](int64_t block, int) {
+  parallel_for(few.shares, [gemv = kernels.gemv, first = products.data(), panels = few.panels, tokens](int64_t share, int) {
     for (const Product *p = first;; p++) {
       const int64_t all = panels_of(p->weight->rows), mine = ceil_div(all, panels);
-      if (block < mine) return gemv(*p, {block * panels, std::min((block + 1) * panels, all), 0, tokens});
-      block -= mine;
+      if (share < mine) return gemv(*p, {share * panels, std::min((share + 1) * panels, all), 0, tokens});
+      share -= mine;
     }
   });
 }

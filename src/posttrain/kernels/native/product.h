@@ -39,10 +39,6 @@ INLINE void with_bits(int bits, F f) {
   }
 }
 
-INLINE int64_t scale_bytes(const pt_weight &w) {
-  return w.scale_type == PT_F32 ? 4 : w.scale_type == PT_F16 || w.scale_type == PT_BF16 ? 2 : 1;
-}
-
 /* Where the codes of a panel lie, from column `begin` on, the first of a unit. */
 INLINE const uint8_t *codes_at(const pt_weight &w, int64_t panel, int64_t begin) {
   return w.codes + panel * panel_bytes(w.cols, w.bits) + panel_bytes(begin, w.bits);
@@ -244,8 +240,8 @@ void packed_tile(const Tile &tile) {
   auto scale_sums = [&](int64_t segment) INLINE_LAMBDA {
     if constexpr (Kind == kHalves) { /* of one panel */
       static_assert(P == 1);
-      in_this_order();
-      prefetch((const uint8_t *)halves + kScalesAhead, 1);
+      in_this_order(); /* as in add_steps */
+      prefetch((const uint8_t *)halves + kScalesAhead, kPanel * sizeof *halves);
       in_this_order();
       auto stored = [&](int, int64_t) INLINE_LAMBDA { return load_halves<true>(halves); };
       end_segment<kRows>(sums, tile, segment, 0, stored, [&](int p, int t, F32 sum, F32 factor) INLINE_LAMBDA {
@@ -581,18 +577,13 @@ void float_tile(const Tile &tile) {
   write_tile(floats, tile);
 }
 
-/* Bytes from one panel of a weight to the next. */
-INLINE int64_t float_panel_bytes(const pt_weight &w) {
-  return w.stage == PT_ROWS ? kPanel * w.cols * w.bits / 8 : panel_bytes(w.cols, w.bits);
-}
-
 /* Panels [panel, panel + count) as float32 columns, zero points subtracted. */
 template <class Weights>
 void unpack_floats(const pt_weight &w, int64_t panel, int64_t count, float *out) {
   const int64_t units = units_of(w.cols), groups = ceil_div(w.cols, w.group);
   const Weights weights(w);
   for (int64_t p = panel; p < panel + count; p++) {
-    const uint8_t *codes = w.codes + p * float_panel_bytes(w);
+    const uint8_t *codes = w.codes + p * panel_bytes(w);
     for (int64_t u = 0; u < units; u++, out += kUnit * kPanel) {
       int64_t low = u * kUnit / w.group, high = (u * kUnit + kUnit / 2) / w.group;
       if (high >= groups) high = groups - 1; /* only padding lies there */
@@ -672,7 +663,7 @@ void integer_gemv(const Product &product, const Share &share) {
 template <class Weights>
 void float_gemv(const Product &product, const Share &share) {
   const pt_weight &w = *product.weight;
-  const int64_t bytes = float_panel_bytes(w);
+  const int64_t bytes = panel_bytes(w);
   auto run = [&](auto panels, auto tokens, int64_t panel, int64_t token) {
     Tile tile{product, {w.codes + panel * bytes, bytes}, panel, token, 0, padded(w.cols)};
     float_tile<Weights, decltype(panels)::value, decltype(tokens)::value>(tile);
@@ -756,12 +747,15 @@ template <bool Rows, bool Wide, int P, int T>
 void byte_tile(const Tile &tile) {
   auto run = [&](auto kind) {
     constexpr Scales scales = (Scales)decltype(kind)::value;
-    if constexpr (Rows) return row_tile<Wide, scales, P, T>(tile);
-    if constexpr (scales != kAny && P == kGroupedTile.panels && T == kGroupedTile.tokens) {
-      if (tile.segment == 64) return grouped_tile<Wide, scales, 64, P, T>(tile);
-      if (tile.segment == 32) return grouped_tile<Wide, scales, 32, P, T>(tile);
+    if constexpr (Rows) {
+      row_tile<Wide, scales, P, T>(tile);
+    } else {
+      if constexpr (scales != kAny && P == kGroupedTile.panels && T == kGroupedTile.tokens) {
+        if (tile.segment == 64) return grouped_tile<Wide, scales, 64, P, T>(tile);
+        if (tile.segment == 32) return grouped_tile<Wide, scales, 32, P, T>(tile);
+      }
+      grouped_tile<Wide, scales, 0, P, T>(tile);
     }
-    grouped_tile<Wide, scales, 0, P, T>(tile);
   };
   switch (scales_of(tile.product)) {
     case kRows: return run(Constant<kRows>{});

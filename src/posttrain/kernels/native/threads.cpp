@@ -7,7 +7,6 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
-#include <memory>
 #include <thread>
 #include <vector>
 
@@ -107,7 +106,7 @@ class Pool {
       job_.closure = nullptr;
     }
     Asking asking(runs_[0].expected);
-    for (int t = 0; t < count(); t++) runs_[t].set(items * t / count(), items * (t + 1) / count());
+    for (int t = 0; t < count(); t++) runs_[t].set(first_item(items, t, count()), first_item(items, t + 1, count()));
     busy_.store((int)threads_.size(), std::memory_order_relaxed);
     announce();
     take_items(0);

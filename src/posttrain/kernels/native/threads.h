@@ -16,6 +16,8 @@
 std::mutex &engine_lock();
 
 int thread_count();
+/* Where the run of a thread begins, the items of a parallel_for being divided among all. */
+static inline int64_t first_item(int64_t items, int thread, int threads) { return items * thread / threads; }
 void expect_another_token(bool yes);
 void set_thread_count(int count); /* at least 1; 0 is one per processor this process may use */
 
