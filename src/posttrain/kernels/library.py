@@ -60,14 +60,14 @@ class Product(ctypes.Structure):
 
     alive: tuple[object, ...] = ()
     _fields_ = [
-        ("weights", ctypes.POINTER(ctypes.POINTER(Weight))),
+        ("weights", _pointer),
         ("count", _i32),
         ("x", _pointer),
         ("ldx", _i64),
         ("tokens", _i64),
-        ("input", ctypes.POINTER(Input)),
-        ("y", ctypes.POINTER(_pointer)),
-        ("ldy", ctypes.POINTER(_i64)),
+        ("input", _pointer),
+        ("y", _pointer),
+        ("ldy", _pointer),
     ]
 
 

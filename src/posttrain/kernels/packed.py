@@ -294,33 +294,35 @@ def linear(x: Tensor, weights: Sequence[PackedWeight], input: InputFormat) -> li
 
     The activations are rotated and quantized once for all weights.
     """
-    outputs = [torch.empty(len(x), weight.struct.rows) for weight in weights]
+    outputs = [torch.empty(x.shape[0], weight.struct.rows) for weight in weights]
     status = library.native().pt_linear(ctypes.byref(product(x, weights, input, outputs)), 1)
-    library.check(status, f"a product with {[list(w.shape) for w in weights]}")
+    if status:
+        library.check(status, f"a product with {[list(w.shape) for w in weights]}")
     return outputs
 
 
 def product(
     x: Tensor, weights: Sequence[PackedWeight], input: InputFormat, outputs: Sequence[Tensor]
 ) -> Product:
-    """What `linear` asks of the native library, results going to `outputs` [tokens, rows] float32."""
+    """What `linear` asks of the native library, results going to `outputs` [tokens, rows] float32.
+
+    Addresses, not ctypes' pointers: making one takes as long as a small product.
+    """
     tokens, cols = x.shape
     for weight in weights:
         if weight.struct.cols != cols:
             raise UserError(f"x has {cols} columns; the weight {list(weight.shape)} needs others")
     struct, x = _prepared(x, input)
     count = len(weights)
+    addresses, lengths = ctypes.c_void_p * count, ctypes.c_int64 * count
+    structs = addresses(*[ctypes.addressof(weight.struct) for weight in weights])
+    results = addresses(*[y.data_ptr() for y in outputs])
+    rows = lengths(*[weight.struct.rows for weight in weights])
     made = Product(
-        (ctypes.POINTER(Weight) * count)(*(ctypes.pointer(w.struct) for w in weights)),
-        count,
-        x.data_ptr(),
-        cols,
-        tokens,
-        ctypes.pointer(struct),
-        (ctypes.c_void_p * count)(*(y.data_ptr() for y in outputs)),
-        (ctypes.c_int64 * count)(*(w.struct.rows for w in weights)),
-    )
-    made.alive = x, weights, outputs
+        ctypes.addressof(structs), count, x.data_ptr(), cols, tokens, ctypes.addressof(struct),
+        ctypes.addressof(results), ctypes.addressof(rows),
+    )  # fmt: skip
+    made.alive = x, weights, outputs, struct, structs, results, rows
     return made
 
 
@@ -339,7 +341,8 @@ class PackedLinear:
 
 def _prepared(x: Tensor, input: InputFormat) -> tuple[Input, Tensor]:
     """What the kernels are told, and get: formats only `numbers` knows are applied here."""
-    x = x.detach().to(torch.float32).contiguous()
+    if x.dtype != torch.float32 or not x.is_contiguous():
+        x = x.detach().to(torch.float32).contiguous()
     if input.spec is None:
         return input.struct, x
     if input.struct.rotate:

@@ -289,14 +289,16 @@ INLINE uint32_t largest_magnitude(const float *x, int64_t count) {
   }
   return largest;
 }
-INLINE int32_t sum_of(const int8_t *codes, int64_t count) { /* count: a multiple of 16 */
-  __m256i sum = _mm256_setzero_si256();
-  for (int64_t i = 0; i < count; i += 8)
-    sum = _mm256_add_epi32(sum, _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(codes + i))));
-  int32_t lanes[8], total = 0;
-  _mm256_storeu_si256((__m256i *)lanes, sum);
-  for (int32_t lane : lanes) total += lane;
-  return total;
+INLINE void sums_of(const int8_t *codes, int64_t segment, int64_t count, int32_t *sums) {
+  for (int64_t begin = 0; begin < count; begin += segment, sums++) {
+    const int64_t end = begin + segment < count ? begin + segment : count;
+    __m256i sum = _mm256_setzero_si256();
+    for (int64_t i = begin; i < end; i += 8)
+      sum = _mm256_add_epi32(sum, _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(codes + i))));
+    int32_t lanes[8];
+    _mm256_storeu_si256((__m256i *)lanes, sum);
+    for (int32_t lane : lanes) *sums += lane;
+  }
 }
 INLINE void encode(const float *x, int64_t count, float scale, const pt_input &in, int8_t *codes) {
   const __m256 by = _mm256_set1_ps(scale);

@@ -74,8 +74,9 @@ class Prepared {
            const pt_input &in)
       : kernels_(kernels), in_(in), x_(x), ldx_(ldx), tokens_(tokens), cols_(cols), few_(tokens <= kFewTokens) {}
 
-  /* For weights of `groups` groups of `group` columns. */
-  Activations quantized(int64_t segment, int64_t groups, int64_t group) {
+  /* For weights of `groups` groups of `group` columns; what the sums of `products` of them start at is
+   * set as well. */
+  Activations quantized(int64_t segment, int64_t groups, int64_t group, Product *products = nullptr, int count = 0) {
     Activations a{};
     a.tokens = tokens_;
     a.scale_group = group_of(in_.group, cols_);
@@ -91,7 +92,20 @@ class Prepared {
     a.codes = workspace().codes.get<int8_t>(blocks * (tokens_ + kTokenSlack) * a.stride);
     a.scales = workspace().scales.get<float>((tokens_ + kTokenSlack) * a.scale_groups);
     a.sums = workspace().sums.get<int32_t>((tokens_ + kTokenSlack) * a.segments);
-    for_rows([&](int64_t t, const float *row) { kernels_.quantize(row, cols_, in_, t, a); });
+    const int64_t sums = tokens_ * a.segments;
+    int32_t *starts = workspace().starts.get<int32_t>(count * sums);
+    auto zero = [&](int i) { return products[i].weight->zero; };
+    for (int i = 0; i < count; i++) /* weights with the same zero point share theirs */
+      products[i].starts = i && zero(i) == zero(i - 1) ? products[i - 1].starts : starts + i * sums;
+    auto set_starts = [&](int64_t first, int64_t last) {
+      for (int i = 0; i < count; i++) {
+        int32_t *row = starts + i * sums;
+        if (products[i].starts != row) continue;
+        for (int64_t s = 0; s < a.segments; s++, row += tokens_)
+          for (int64_t t = first; t < last; t++) row[t] = -zero(i) * a.sums[t * a.segments + s];
+      }
+    };
+    for_rows([&](int64_t t, const float *row) { kernels_.quantize(row, cols_, in_, t, a); }, set_starts);
     return a;
   }
 
@@ -113,7 +127,7 @@ class Prepared {
       for_rows([&](int64_t t, const float *row) {
         memcpy(values + t * a.stride, row, cols_ * sizeof(float));
         pad(values + t * a.stride);
-      });
+      }, [](int64_t, int64_t) {});
       return a;
     }
     for_token_blocks(tokens_, [&](int64_t first, int64_t last, int) {
@@ -129,9 +143,9 @@ class Prepared {
 
  private:
   /* Calls f(token, row) with each token as products see it: rotated, where they want it so, in memory
-   * of the thread's own that the next one takes over. */
-  template <class F>
-  void for_rows(F f) {
+   * of the thread's own that the next one takes over; then after(first, last) with those it had. */
+  template <class F, class G>
+  void for_rows(F f, G after) {
     float *rotated = in_.rotate ? workspace().rotated.get<float>(thread_count() * cols_) : nullptr;
     for_token_blocks(tokens_, [&](int64_t first, int64_t last, int thread) {
       for (int64_t t = first; t < last; t++) {
@@ -144,6 +158,7 @@ class Prepared {
         }
         f(t, row);
       }
+      after(first, last);
     });
   }
 
@@ -153,33 +168,6 @@ class Prepared {
   int64_t ldx_, tokens_, cols_;
   bool few_;
 };
-
-/* What the integer sums of each product start at; weights with the same zero point share it. */
-void set_starts(std::vector<Product> &products) {
-  const Activations &x = products[0].x;
-  const int64_t count = x.tokens * x.segments;
-  int32_t *starts = workspace().starts.get<int32_t>(count * (int64_t)products.size());
-  for (size_t i = 0; i < products.size(); i++) {
-    const int32_t zero = products[i].weight->zero;
-    if (i && zero == products[i - 1].weight->zero) {
-      products[i].starts = products[i - 1].starts;
-      continue;
-    }
-    int32_t *own = starts + i * count;
-    auto set = [&](int64_t first, int64_t last) {
-      for (int64_t t = 0; t < x.tokens; t++)
-        for (int64_t s = first; s < last; s++) own[s * x.tokens + t] = -zero * x.sums[t * x.segments + s];
-    };
-    if (x.tokens <= kFewTokens) {
-      set(0, x.segments);
-    } else {
-      parallel_for(ceil_div(x.segments, kPanel), [&](int64_t item, int) {
-        set(item * kPanel, std::min((item + 1) * kPanel, x.segments));
-      });
-    }
-    products[i].starts = own;
-  }
-}
 
 /* How products of few tokens are divided: `shares` times so many panels of one of the weights. */
 struct Division {
@@ -301,12 +289,13 @@ void multiply_all(const pt_product &product, Weights next) {
   for (int first = 0; first < product.count;) {
     const pt_weight &w = *weights[first];
     const int64_t group = form(w);
-    Activations a = group ? prepared.quantized(segment_of(w, input.group), ceil_div(cols, group), group)
-                          : prepared.floats();
     std::vector<Product> products;
     for (; first < product.count && form(*weights[first]) == group; first++)
-      products.push_back({weights[first], a, nullptr, product.y[first], product.ldy[first]});
-    if (group) set_starts(products);
+      products.push_back({weights[first], {}, nullptr, product.y[first], product.ldy[first]});
+    const Activations a = group ? prepared.quantized(segment_of(w, input.group), ceil_div(cols, group), group,
+                                                     products.data(), (int)products.size())
+                                : prepared.floats();
+    for (auto &p : products) p.x = a;
     if (tokens > kFewTokens) {
       multiply_many(kernels, products, tokens);
     } else {

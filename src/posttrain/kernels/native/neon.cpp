@@ -309,10 +309,13 @@ INLINE uint32_t largest_magnitude(const float *x, int64_t count) {
   }
   return largest;
 }
-INLINE int32_t sum_of(const int8_t *codes, int64_t count) { /* count: a multiple of 16 */
-  int32x4_t sum = vdupq_n_s32(0);
-  for (int64_t i = 0; i < count; i += 16) sum = vdotq_s32(sum, vld1q_s8(codes + i), vdupq_n_s8(1));
-  return vaddvq_s32(sum);
+INLINE void sums_of(const int8_t *codes, int64_t segment, int64_t count, int32_t *sums) {
+  for (int64_t begin = 0; begin < count; begin += segment, sums++) {
+    const int64_t end = begin + segment < count ? begin + segment : count;
+    int32x4_t sum = vdupq_n_s32(0);
+    for (int64_t i = begin; i < end; i += 16) sum = vdotq_s32(sum, vld1q_s8(codes + i), vdupq_n_s8(1));
+    *sums += vaddvq_s32(sum);
+  }
 }
 INLINE void encode(const float *x, int64_t count, float scale, const pt_input &in, int8_t *codes) {
   const float32x4_t by = vdupq_n_f32(scale);

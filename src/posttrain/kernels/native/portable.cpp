@@ -225,10 +225,8 @@ static inline uint32_t largest_magnitude(const float *x, int64_t count) {
   }
   return most;
 }
-static inline int32_t sum_of(const int8_t *codes, int64_t count) {
-  int32_t sum = 0;
-  EACH(i, count) sum += codes[i];
-  return sum;
+static inline void sums_of(const int8_t *codes, int64_t segment, int64_t count, int32_t *sums) {
+  EACH(i, count) sums[i / segment] += codes[i];
 }
 static inline void encode(const float *x, int64_t count, float scale, const pt_input &in,
                           int8_t *codes) {

@@ -934,14 +934,12 @@ void quantize(const float *x, int64_t cols, const pt_input &in, int64_t token, A
     }
   }
   for (int64_t k = cols; k < whole; k++) *codes_at(k) = 0;
-  sums[0] = 0;
-  for (int64_t begin = 0, s = 0; begin < whole; begin += block) {
-    const int8_t *from = codes_at(begin);
-    const int64_t count = begin + block < whole ? block : whole - begin;
-    if (out.segments == 1) sums[0] += sum_of(from, count);
-    else /* blocks are whole segments */
-      for (int64_t k = 0; k < count && s < out.segments; k += out.segment, s++)
-        sums[s] = sum_of(from + k, out.segment < count - k ? out.segment : count - k);
+  for (int64_t s = 0; s < out.segments; s++) sums[s] = 0;
+  /* Half a unit of padding is no segment, and blocks are whole ones or parts of the only one. */
+  const int64_t summed = out.segments * out.segment < whole ? out.segments * out.segment : whole;
+  for (int64_t begin = 0; begin < summed; begin += block) {
+    const int64_t count = begin + block < summed ? block : summed - begin;
+    sums_of(codes_at(begin), out.segment, count, sums + begin / out.segment);
   }
 }
 

@@ -241,21 +241,43 @@ INLINE uint32_t largest_magnitude(const float *x, int64_t count) {
   if (i < count) most = larger(most, load_some(x + i, count - i));
   return _mm512_reduce_max_epu32(most);
 }
-INLINE int32_t sum_of(const int8_t *codes, int64_t count) { /* count: a multiple of 16 */
-  const __m512i ones = _mm512_set1_epi8(1);
-  __m512i sum = _mm512_setzero_si512(), other = sum;
-  int64_t i = 0;
-  for (; i + 128 <= count; i += 128) {
-    sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(codes + i));
-    other = _mm512_dpbusd_epi32(other, ones, _mm512_loadu_si512(codes + i + 64));
+/* Adds the sums of `count` codes, `segment` by `segment`; both are multiples of 16. */
+INLINE void sums_of(const int8_t *codes, int64_t segment, int64_t count, int32_t *sums) {
+  const __m512i ones = _mm512_set1_epi8(1), zero = _mm512_setzero_si512();
+  auto summed = [&](__m512i sum, const int8_t *at) INLINE_LAMBDA {
+    return _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(at));
+  };
+  /* Of short segments many are summed side by side: the sum across a vector takes a dozen steps. */
+  for (; segment <= 64 && segment >= 32 && count >= 256; codes += 256, count -= 256) {
+    __m512i v[4];
+    UNROLL for (int j = 0; j < 4; j++) v[j] = summed(zero, codes + 64 * j);
+    auto paired = [](__m512i a, __m512i b) INLINE_LAMBDA {
+      return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    };
+    const __m512i low = paired(v[0], v[1]), high = paired(v[2], v[3]);
+    /* In each quarter what the four vectors have there, */
+    __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
+    /* in the first and the third what they have in their halves. */
+    all = _mm512_add_epi32(all, _mm512_shuffle_i64x2(all, all, 0b10110001));
+    if (segment == 64) all = _mm512_add_epi32(all, _mm512_shuffle_i64x2(all, all, 0b01001110));
+    else all = _mm512_permutexvar_epi32(_mm512_set_epi32(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0), all);
+    const __mmask16 made = segment == 64 ? 0x000f : 0x00ff;
+    _mm512_mask_storeu_epi32(sums, made, _mm512_add_epi32(_mm512_maskz_loadu_epi32(made, sums), all));
+    sums += 256 / segment;
   }
-  if (i + 64 <= count) sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(codes + i)), i += 64;
-  /* Codes were written just now, and a load under a mask waits until they have left for the cache. */
-  for (; i < count; i += 16) {
-    const __m512i some = _mm512_zextsi128_si512(_mm_loadu_si128((const __m128i *)(codes + i)));
-    other = _mm512_dpbusd_epi32(other, ones, some);
+  for (; count > 0; codes += segment, count -= segment, sums++) {
+    const int64_t end = segment < count ? segment : count;
+    __m512i sum = zero, other = zero;
+    int64_t i = 0;
+    for (; i + 128 <= end; i += 128) sum = summed(sum, codes + i), other = summed(other, codes + i + 64);
+    if (i + 64 <= end) sum = summed(sum, codes + i), i += 64;
+    /* Codes were written just now, and a load under a mask waits until they have left for the cache. */
+    for (; i < end; i += 16) {
+      const __m512i some = _mm512_zextsi128_si512(_mm_loadu_si128((const __m128i *)(codes + i)));
+      other = _mm512_dpbusd_epi32(other, ones, some);
+    }
+    *sums += _mm512_reduce_add_epi32(_mm512_add_epi32(sum, other));
   }
-  return _mm512_reduce_add_epi32(_mm512_add_epi32(sum, other));
 }
 /* Dividing is slow: where the product with the reciprocal, a few units in its last place away from
  * the quotient, is not next to the middle between two codes, both round to the same code. */
