@@ -146,7 +146,7 @@ class Posttrain(Layer):
 
         def run() -> None:
             library.use(self.kernel)
-            library.native().pt_linear(products, len(products))
+            library.native().pt_linear(products, len(asked))  # `asked` owns what they point to
 
         return run, lambda: y
 
