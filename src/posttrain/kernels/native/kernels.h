@@ -128,10 +128,11 @@ struct Kernels {
   void (*gemm)(const Product &, const Share &, uint8_t *scratch);
   /* Codes of a block as bytes: in scratch, panel by panel, or where they lie. */
   Codes (*unpack)(const pt_weight &, const Block &, uint8_t *scratch);
-  /* One token times the block-Hadamard matrix of models/rotation.py, in place. */
-  void (*rotate)(float *x, int64_t cols);
-  /* One token, x [cols], to codes, scales and segment sums. */
-  void (*quantize)(const float *x, int64_t cols, const pt_input &, int64_t token, Activations &);
+  /* One token times the block-Hadamard matrix of models/rotation.py; `to` may be `from`. */
+  void (*rotate)(const float *from, float *to, int64_t cols);
+  /* x [count, cols], tokens from `token` on, to codes, scales and segment sums. */
+  void (*quantize)(const float *x, int64_t ldx, int64_t count, int64_t cols, const pt_input &, int64_t token,
+                   Activations &);
   /* Between the products of a decoder block (block.h). */
   void (*rms_norm)(const float *x, const float *gain, float eps, int64_t n, float *y);
   void (*gated)(int32_t kind, float *gate, const float *up, int64_t n);

@@ -17,6 +17,8 @@ const int64_t kFewTokens = 8;
 const int64_t kSharesOfFew = 32; /* of a thread, then: they read their panels in pairs */
 const int64_t kExpectedBytes = 1 << 15; /* of codes that a thread asks for before it is to read them */
 
+const int64_t kRowBytes = 1 << 15; /* of activations quantized together */
+
 /* More tokens: */
 const int64_t kFewestShares = 6; /* of a thread */
 const int64_t kFewestTokensPerShare = 32;
@@ -97,15 +99,15 @@ class Prepared {
     auto zero = [&](int i) { return products[i].weight->zero; };
     for (int i = 0; i < count; i++) /* weights with the same zero point share theirs */
       products[i].starts = i && zero(i) == zero(i - 1) ? products[i - 1].starts : starts + i * sums;
-    auto set_starts = [&](int64_t first, int64_t last) {
+    for_rows([&](int64_t first, int64_t n, const float *rows, int64_t ld) {
+      kernels_.quantize(rows, ld, n, cols_, in_, first, a);
       for (int i = 0; i < count; i++) {
         int32_t *row = starts + i * sums;
         if (products[i].starts != row) continue;
         for (int64_t s = 0; s < a.segments; s++, row += tokens_)
-          for (int64_t t = first; t < last; t++) row[t] = -zero(i) * a.sums[t * a.segments + s];
+          for (int64_t t = first; t < first + n; t++) row[t] = -zero(i) * a.sums[t * a.segments + s];
       }
-    };
-    for_rows([&](int64_t t, const float *row) { kernels_.quantize(row, cols_, in_, t, a); }, set_starts);
+    });
     return a;
   }
 
@@ -124,10 +126,12 @@ class Prepared {
     a.values = values;
     auto pad = [&](float *row) { memset(row + cols_, 0, (a.stride - cols_) * sizeof(float)); };
     if (!in_.bits) {
-      for_rows([&](int64_t t, const float *row) {
-        memcpy(values + t * a.stride, row, cols_ * sizeof(float));
-        pad(values + t * a.stride);
-      }, [](int64_t, int64_t) {});
+      for_rows([&](int64_t first, int64_t n, const float *rows, int64_t ld) {
+        for (int64_t t = first; t < first + n; t++, rows += ld) {
+          memcpy(values + t * a.stride, rows, cols_ * sizeof(float));
+          pad(values + t * a.stride);
+        }
+      });
       return a;
     }
     for_token_blocks(tokens_, [&](int64_t first, int64_t last, int) {
@@ -142,23 +146,25 @@ class Prepared {
   }
 
  private:
-  /* Calls f(token, row) with each token as products see it: rotated, where they want it so, in memory
-   * of the thread's own that the next one takes over; then after(first, last) with those it had. */
-  template <class F, class G>
-  void for_rows(F f, G after) {
-    float *rotated = in_.rotate ? workspace().rotated.get<float>(thread_count() * cols_) : nullptr;
+  /* Calls f(first token, how many, rows, floats from row to row) with tokens as products see them, as
+   * many as stay in the first cache: rotated, where they want it so, in memory of the thread's own that
+   * the next ones take over. */
+  template <class F>
+  void for_rows(F f) {
+    const int64_t at_once = std::max<int64_t>(1, kRowBytes / (cols_ * (int64_t)sizeof(float)));
+    float *rotated = in_.rotate ? workspace().rotated.get<float>(thread_count() * at_once * cols_) : nullptr;
     for_token_blocks(tokens_, [&](int64_t first, int64_t last, int thread) {
-      for (int64_t t = first; t < last; t++) {
-        const float *row = x_ + t * ldx_;
-        if (rotated) {
-          float *own = rotated + thread * cols_;
-          memcpy(own, row, cols_ * sizeof(float));
-          kernels_.rotate(own, cols_);
-          row = own;
+      for (int64_t n; first < last; first += n) {
+        n = std::min(at_once, last - first);
+        const float *rows = x_ + first * ldx_;
+        if (!rotated) {
+          f(first, n, rows, ldx_);
+          continue;
         }
-        f(t, row);
+        float *own = rotated + thread * at_once * cols_;
+        for (int64_t t = 0; t < n; t++) kernels_.rotate(rows + t * ldx_, own + t * cols_, cols_);
+        f(first, n, own, cols_);
       }
-      after(first, last);
     });
   }
 
@@ -342,7 +348,7 @@ int32_t pt_rotate(float *x, int64_t tokens, int32_t cols) {
   if (tokens == 0) return PT_OK;
   std::lock_guard<std::mutex> guard(engine_lock());
   for_token_blocks(tokens, [&](int64_t first, int64_t last, int) {
-    for (int64_t t = first; t < last; t++) active_kernels().rotate(x + t * cols, cols);
+    for (int64_t t = first; t < last; t++) active_kernels().rotate(x + t * cols, x + t * cols, cols);
   });
   return PT_OK;
 }

@@ -859,45 +859,53 @@ INLINE void butterflies(F32 (&v)[N]) {
 }
 
 /* The stages of a Hadamard product across N vectors `stride` floats apart; within them first, if
- * `Inside`; and at the end times `norm`. */
+ * `Inside`; and at the end times `norm`. `to` may be `from`. */
 template <int N, bool Inside>
-INLINE void rotate_vectors(float *x, int64_t stride, F32 norm, bool last) {
+INLINE void rotate_vectors(const float *from, float *to, int64_t stride, F32 norm, bool last) {
   F32 v[N];
   UNROLL for (int i = 0; i < N; i++) {
-    v[i] = load_floats(x + i * stride);
+    v[i] = load_floats(from + i * stride);
     if (Inside) v[i] = butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(v[i]))));
   }
   butterflies<1>(v);
-  UNROLL for (int i = 0; i < N; i++) store_some(x + i * stride, last ? mul(v[i], norm) : v[i], kPanel);
+  UNROLL for (int i = 0; i < N; i++) store_some(to + i * stride, last ? mul(v[i], norm) : v[i], kPanel);
 }
 
-/* x [block] times the orthonormal Hadamard matrix, block = 16 * vectors: in one pass over memory, or
- * in two, eight vectors that lie side by side, then the eight (four, two) that are as far apart. */
-void rotate_block(float *x, int64_t vectors, F32 norm) {
-  switch (vectors) {
-    case 1: return rotate_vectors<1, true>(x, kPanel, norm, true);
-    case 2: return rotate_vectors<2, true>(x, kPanel, norm, true);
-    case 4: return rotate_vectors<4, true>(x, kPanel, norm, true);
-  }
-  const int64_t run = 8 * kPanel;
-  for (int64_t i = 0; i < vectors; i += 8) rotate_vectors<8, true>(x + i * kPanel, kPanel, norm, vectors == 8);
-  for (int64_t i = 0; i < run && vectors > 8; i += kPanel) {
-    if (vectors == 16) rotate_vectors<2, false>(x + i, run, norm, true);
-    else rotate_vectors<4, false>(x + i, run, norm, true);
+/* Runs of N vectors, each times the orthonormal Hadamard matrix. */
+template <int N>
+void rotate_runs(const float *from, float *to, int64_t cols, F32 norm) {
+  for (int64_t i = 0; i < cols; i += N * kPanel) rotate_vectors<N, true>(from + i, to + i, kPanel, norm, true);
+}
+
+/* Longer runs in two passes: eight vectors that lie side by side, then the four (two) that are as far
+ * apart as those reach. */
+void rotate_long_runs(const float *from, float *to, int64_t cols, int64_t run, F32 norm) {
+  const int64_t part = 8 * kPanel;
+  for (int64_t begin = 0; begin < cols; begin += run, from += run, to += run) {
+    for (int64_t i = 0; i < run; i += part) rotate_vectors<8, true>(from + i, to + i, kPanel, norm, false);
+    for (int64_t i = 0; i < part; i += kPanel) {
+      if (run == 2 * part) rotate_vectors<2, false>(to + i, to + i, part, norm, true);
+      else rotate_vectors<4, false>(to + i, to + i, part, norm, true);
+    }
   }
 }
 
-/* x [cols] times the orthonormal block-Hadamard matrix of models/rotation.py, in place. */
-void rotate(float *x, int64_t cols) {
-  static_assert(kLargestRotation == 32 * kPanel, "the largest block is the last case of rotate_block");
+/* from [cols] times the orthonormal block-Hadamard matrix of models/rotation.py; `to` may be `from`. */
+void rotate(const float *from, float *to, int64_t cols) {
+  static_assert(kLargestRotation == 32 * kPanel, "the longest run is four times eight vectors");
   int64_t block = cols & -cols;
   if (block > kLargestRotation) block = kLargestRotation;
   const float norm = 1.0f / __builtin_sqrtf((float)block);
-  for (float *run = x; run < x + cols; run += block) {
-    if (block >= kPanel) {
-      rotate_block(run, block / kPanel, set_f32(norm));
-      continue;
-    }
+  switch (block / kPanel) {
+    case 0: break;
+    case 1: return rotate_runs<1>(from, to, cols, set_f32(norm));
+    case 2: return rotate_runs<2>(from, to, cols, set_f32(norm));
+    case 4: return rotate_runs<4>(from, to, cols, set_f32(norm));
+    case 8: return rotate_runs<8>(from, to, cols, set_f32(norm));
+    default: return rotate_long_runs(from, to, cols, block, set_f32(norm));
+  }
+  if (to != from) __builtin_memcpy(to, from, cols * sizeof(float));
+  for (float *run = to; run < to + cols; run += block) {
     for (int64_t h = 1; h < block; h *= 2)
       for (int64_t i = 0; i < block; i++)
         if (!(i & h)) {
@@ -915,31 +923,41 @@ void encode_columns(const float *x, int64_t begin, int64_t end, float scale, con
   for (int64_t k = begin; k < end; k++) codes[k - begin] = (int8_t)code_of(x[k], scale, in);
 }
 
-void quantize(const float *x, int64_t cols, const pt_input &in, int64_t token, Activations &out) {
+/* Scales of all tokens first: the largest of the next is found while that of one is awaited. */
+void quantize(const float *x, int64_t ldx, int64_t count, int64_t cols, const pt_input &in, int64_t token,
+              Activations &out) {
   const int64_t whole = padded(cols), block = out.block;
-  float *scales = const_cast<float *>(out.scales) + token * out.scale_groups;
-  int32_t *sums = const_cast<int32_t *>(out.sums) + token * out.segments;
-  auto codes_at = [&](int64_t column) { return const_cast<int8_t *>(out.codes_at(token, column)); };
-  int8_t *codes = codes_at(0); /* of the block that ends at `block_end` */
-  int64_t block_end = block;
-  for (int64_t g = 0, begin = 0; g < out.scale_groups; g++) {
-    const int64_t end = begin + out.scale_group < cols ? begin + out.scale_group : cols;
-    const uint32_t absmax = largest_magnitude(x + begin, end - begin);
-    scales[g] = scale_of(absmax, in);
-    while (begin < end) {
-      if (begin == block_end) codes = codes_at(begin), block_end += block;
-      const int64_t to = block_end < end ? block_end : end;
-      encode_columns(x, begin, to, scales[g], in, absmax < 0x7f800000u, codes + begin - (block_end - block));
-      begin = to;
+  float *const all_scales = const_cast<float *>(out.scales) + token * out.scale_groups;
+  for (int64_t t = 0; t < count; t++)
+    for (int64_t g = 0, begin = 0; g < out.scale_groups; g++, begin += out.scale_group) {
+      const int64_t left = cols - begin, columns = out.scale_group < left ? out.scale_group : left;
+      all_scales[t * out.scale_groups + g] = scale_of(largest_magnitude(x + t * ldx + begin, columns), in);
     }
-  }
-  for (int64_t k = cols; k < whole; k++) *codes_at(k) = 0;
-  for (int64_t s = 0; s < out.segments; s++) sums[s] = 0;
+  /* Below what it is for infinity, all that it is the scale of are finite. */
+  const float endless = scale_of(0x7f800000u, in);
   /* Half a unit of padding is no segment, and blocks are whole ones or parts of the only one. */
   const int64_t summed = out.segments * out.segment < whole ? out.segments * out.segment : whole;
-  for (int64_t begin = 0; begin < summed; begin += block) {
-    const int64_t count = begin + block < summed ? block : summed - begin;
-    sums_of(codes_at(begin), out.segment, count, sums + begin / out.segment);
+  for (int64_t t = 0; t < count; t++, x += ldx, token++) {
+    const float *scales = all_scales + t * out.scale_groups;
+    auto codes_at = [&](int64_t column) { return const_cast<int8_t *>(out.codes_at(token, column)); };
+    int8_t *codes = codes_at(0); /* of the block that ends at `block_end` */
+    int64_t block_end = block;
+    for (int64_t g = 0, begin = 0; g < out.scale_groups; g++) {
+      const int64_t end = begin + out.scale_group < cols ? begin + out.scale_group : cols;
+      while (begin < end) {
+        if (begin == block_end) codes = codes_at(begin), block_end += block;
+        const int64_t to = block_end < end ? block_end : end;
+        encode_columns(x, begin, to, scales[g], in, scales[g] < endless, codes + begin - (block_end - block));
+        begin = to;
+      }
+    }
+    for (int64_t k = cols; k < whole; k++) *codes_at(k) = 0;
+    int32_t *sums = const_cast<int32_t *>(out.sums) + token * out.segments;
+    for (int64_t s = 0; s < out.segments; s++) sums[s] = 0;
+    for (int64_t begin = 0; begin < summed; begin += block) {
+      const int64_t columns = begin + block < summed ? block : summed - begin;
+      sums_of(codes_at(begin), out.segment, columns, sums + begin / out.segment);
+    }
   }
 }
 

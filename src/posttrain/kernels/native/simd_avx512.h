@@ -87,15 +87,17 @@ INLINE F32 times_power_of_two(F32 v, I32 n) { return {_mm512_scalef_ps(v.v, _mm5
 /* Lanes i and i + H, for i with bit H clear, change places. */
 template <int H>
 INLINE F32 swapped(F32 v) {
-  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  return {_mm512_permutexvar_ps(_mm512_xor_si512(lane, _mm512_set1_epi32(H)), v.v)};
+  if constexpr (H == 1) return {_mm512_permute_ps(v.v, 0b10110001)};
+  else if constexpr (H == 2) return {_mm512_permute_ps(v.v, 0b01001110)};
+  else if constexpr (H == 4) return {_mm512_shuffle_f32x4(v.v, v.v, 0b10110001)};
+  else return {_mm512_shuffle_f32x4(v.v, v.v, 0b01001110)};
 }
 /* They become their sum and difference. */
 template <int H>
 INLINE F32 butterfly(F32 v) {
-  __m512 other = swapped<H>(v).v;
   constexpr __mmask16 upper = H == 1 ? 0xaaaa : H == 2 ? 0xcccc : H == 4 ? 0xf0f0 : 0xff00;
-  return {_mm512_mask_sub_ps(_mm512_add_ps(v.v, other), upper, other, v.v)};
+  const __m512 sign = _mm512_mask_blend_ps(upper, _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f));
+  return {_mm512_fmadd_ps(v.v, sign, swapped<H>(v).v)};
 }
 INLINE float first_lane(F32 a) { return _mm512_cvtss_f32(a.v); }
 INLINE __mmask16 first(int64_t count) { return (__mmask16)((1u << count) - 1); }
@@ -247,10 +249,11 @@ INLINE void sums_of(const int8_t *codes, int64_t segment, int64_t count, int32_t
   auto summed = [&](__m512i sum, const int8_t *at) INLINE_LAMBDA {
     return _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(at));
   };
-  /* Of short segments many are summed side by side: the sum across a vector takes a dozen steps. */
-  for (; segment <= 64 && segment >= 32 && count >= 256; codes += 256, count -= 256) {
+  /* Of short segments several are summed side by side: the sum across a vector takes a dozen steps. */
+  while ((segment == 32 || segment == 64) && count >= 64) {
+    const int64_t vectors = count >= 256 ? 4 : count / 64;
     __m512i v[4];
-    UNROLL for (int j = 0; j < 4; j++) v[j] = summed(zero, codes + 64 * j);
+    UNROLL for (int j = 0; j < 4; j++) v[j] = j < vectors ? summed(zero, codes + 64 * j) : zero;
     auto paired = [](__m512i a, __m512i b) INLINE_LAMBDA {
       return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
     };
@@ -261,9 +264,9 @@ INLINE void sums_of(const int8_t *codes, int64_t segment, int64_t count, int32_t
     all = _mm512_add_epi32(all, _mm512_shuffle_i64x2(all, all, 0b10110001));
     if (segment == 64) all = _mm512_add_epi32(all, _mm512_shuffle_i64x2(all, all, 0b01001110));
     else all = _mm512_permutexvar_epi32(_mm512_set_epi32(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0), all);
-    const __mmask16 made = segment == 64 ? 0x000f : 0x00ff;
-    _mm512_mask_storeu_epi32(sums, made, _mm512_add_epi32(_mm512_maskz_loadu_epi32(made, sums), all));
-    sums += 256 / segment;
+    const int64_t done = 64 / segment * vectors;
+    _mm512_mask_storeu_epi32(sums, first(done), _mm512_add_epi32(_mm512_maskz_loadu_epi32(first(done), sums), all));
+    codes += 64 * vectors, count -= 64 * vectors, sums += done;
   }
   for (; count > 0; codes += segment, count -= segment, sums++) {
     const int64_t end = segment < count ? segment : count;
