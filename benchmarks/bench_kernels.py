@@ -1,7 +1,7 @@
 """Single linear layers: our kernels beside those of other libraries, in the same rounds.
 
     pip install llama-cpp-python onnx onnxruntime openvino     # peers, whichever are wanted
-    python benchmarks/bench_kernels.py [--only decode|prefill] [--rounds 5] [--shapes 4096x4096,..]
+    python benchmarks/bench_kernels.py [--only decode|prefill] [--rounds 7] [--shapes 4096x4096,..]
         [--libraries llama.cpp,torch,..] [--bits 8,6,4] [--threads 2] [--result NAME]
 
 Writes results/kernels.json. A library that is not installed is listed as such. Every library has
@@ -14,7 +14,7 @@ against one layer, between two probes of the VNNI peak, which AMX can pass. Our 
 native call for all copies, as in the decoder, and also one of `kernels.linear` for each, as prompts
 always are; llama.cpp, ONNX Runtime and OpenVINO get all copies in one graph; torch is called from
 Python for each.
-Wants 20 GiB of memory; with all peers it takes about 12 minutes on 2 cores.
+Wants 20 GiB of memory; with all peers it takes about 15 minutes on 2 cores.
 """
 
 import argparse
@@ -482,7 +482,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--only", choices=("decode", "prefill"))
-    add("--rounds", type=int, default=5)
+    add("--rounds", type=int, default=7)
     add("--shapes", type=shapes, default=[*SMALL, *LARGE])
     add("--bits", type=lambda text: tuple(map(int, text.split(","))), default=BITS)
     add("--libraries", type=lambda text: text.split(","))
