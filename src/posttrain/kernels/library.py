@@ -56,7 +56,8 @@ class Input(ctypes.Structure):
 
 
 class Product(ctypes.Structure):
-    """`pt_product` of native/posttrain.h. alive: what owns the memory it points to."""
+    """`pt_product` of native/posttrain.h. alive: what owns the memory it points to; a copy, such as
+    an array of these makes, keeps nothing alive."""
 
     alive: tuple[object, ...] = ()
     _fields_ = [
