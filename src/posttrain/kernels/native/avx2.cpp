@@ -83,6 +83,8 @@ INLINE I32 dot(I32 sum, Bytes w, Quad x) {
   }
   return sum;
 }
+template <bool Wide>
+INLINE I32 dot_at(I32 sum, Bytes w, const int8_t *x) { return dot<Wide>(sum, w, broadcast4(x)); }
 INLINE int32_t first_lane(I32 a) { return _mm_cvtsi128_si32(_mm256_castsi256_si128(a.v[0])); }
 INLINE I32 load_bits(const float *from) {
   return {{_mm256_loadu_si256((const __m256i *)from), _mm256_loadu_si256((const __m256i *)from + 1)}};

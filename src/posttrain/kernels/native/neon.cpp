@@ -87,6 +87,8 @@ INLINE I32 dot(I32 sum, Bytes w, Quad x) {
   }
   return sum;
 }
+template <bool Wide>
+INLINE I32 dot_at(I32 sum, Bytes w, const int8_t *x) { return dot<Wide>(sum, w, broadcast4(x)); }
 INLINE int32_t first_lane(I32 a) { return vgetq_lane_s32(a.v[0], 0); }
 INLINE float first_lane(F32 a) { return vgetq_lane_f32(a.v[0], 0); }
 INLINE I32 load_bits(const float *from) {

@@ -65,6 +65,8 @@ static inline I32 dot(I32 sum, Bytes w, Quad x) {
   EACH(i, 16) EACH(j, 4) sum.at[i] += w.at[4 * i + j] * x.at[j];
   return sum;
 }
+template <bool Wide>
+static inline I32 dot_at(I32 sum, Bytes w, const int8_t *x) { return dot<Wide>(sum, w, broadcast4(x)); }
 static inline int32_t first_lane(I32 a) { return a.at[0]; }
 static inline float first_lane(F32 a) { return a.at[0]; }
 static inline I32 load_bits(const float *from) {

@@ -128,25 +128,39 @@ struct Tile {
 INLINE void in_this_order() { __asm__ volatile("" ::: "memory"); }
 
 /* sums[c][p][t] += the products of steps First..Last of one unit, v, of panel p. Chains c are
- * independent: a lone accumulator would wait for its own latency. `next` is the unit to ask for. */
+ * independent: a lone accumulator would wait for its own latency. `next` is the unit to ask for: where
+ * one panel is read at a time in the second cache, which takes requests for more than the first. */
 template <int Bits, bool Lookup, bool Wide, int First, int Last, int C, int P, int T>
 INLINE void add_steps(I32 (&sums)[C][P][T], int p, const Bytes (&v)[Bits], const uint8_t *next,
                       const int8_t *x, int64_t ldx, Bytes table) {
   if constexpr (First < Last) {
     constexpr int64_t line = First * Bits / 8, lines = (First + 1) * Bits / 8 - line;
-    prefetch(next + line * kVector, lines * kVector);
+    if constexpr (P == 1) prefetch_far(next + line * kVector, lines * kVector);
+    else prefetch(next + line * kVector, lines * kVector);
     in_this_order(); /* asked for all at once, in whatever order, lines come up to a fifth slower */
     const Bytes w = integer_step<Bits, Lookup, First>(v, table);
     UNROLL for (int t = 0; t < T; t++)
-      sums[First % C][p][t] = dot<Wide>(sums[First % C][p][t], w, broadcast4(x + t * ldx + First * kStep));
+      sums[First % C][p][t] = dot_at<Wide>(sums[First % C][p][t], w, x + t * ldx + First * kStep);
     add_steps<Bits, Lookup, Wide, First + 1, Last>(sums, p, v, next, x, ldx, table);
   }
 }
 
+/* The same of a unit in memory. */
+template <int Bits, bool Lookup, bool Wide, int First, int Last, int C, int P, int T>
+INLINE void add_unit(I32 (&sums)[C][P][T], int p, const uint8_t *unit, const uint8_t *next, const int8_t *x,
+                     int64_t ldx, Bytes table) {
+  Bytes v[Bits];
+  UNROLL for (int i = 0; i < Bits; i++) v[i] = load_bytes(unit + i * kVector);
+  add_steps<Bits, Lookup, Wide, First, Last>(sums, p, v, next, x, ldx, table);
+}
+
 /* Integer sums of a segment start at -zero * sum(x): then `code - zero` needs no arithmetic. */
+INLINE const int32_t *starts_of(const Tile &tile, int64_t segment) {
+  return tile.product.starts + segment * tile.product.x.tokens + tile.token;
+}
+
 template <int C, int P, int T>
-INLINE void start_segment(I32 (&sums)[C][P][T], const Tile &tile, int64_t segment) {
-  const int32_t *starts = tile.product.starts + segment * tile.product.x.tokens + tile.token;
+INLINE void start_segment(I32 (&sums)[C][P][T], const int32_t *starts) {
   UNROLL for (int t = 0; t < T; t++) {
     I32 start = set_i32(starts[t]);
     UNROLL for (int p = 0; p < P; p++) {
@@ -160,17 +174,20 @@ INLINE void start_segment(I32 (&sums)[C][P][T], const Tile &tile, int64_t segmen
 INLINE int64_t quotient(int64_t a, int64_t b) { return b == 1 ? a : a / b; }
 
 /* What the sums of a segment are multiplied with, known when compiling for the usual cases. */
-enum Scales { kRows, kRowsAndTokens, kAny, kHalves /* rows, in float16, one for each segment */ };
+enum Scales { kRows, kRowsAndTokens, kAny };
 
 INLINE Scales scales_of(const Product &product) {
   if (product.weight->zeros) return kAny;
   return product.x.scale_groups > 1 ? kRowsAndTokens : kRows;
 }
 
-/* Whether kHalves holds: the recipes' weights in groups. */
+/* Whether a segment is multiplied with a float16 for each row and nothing else: the recipes' weights in
+ * groups. */
 INLINE bool in_halves(const Product &product) {
   const pt_weight &w = *product.weight;
-  return scales_of(product) == kRows && w.scales && w.scale_type == PT_F16 && product.x.segments_per_group == 1;
+  const Activations &x = product.x;
+  return scales_of(product) == kRows && w.scales && w.scale_type == PT_F16 && x.segments_per_group == 1 &&
+         x.segment % kUnit == 0;
 }
 
 /* Calls add(p, t, float(sum), scale) for the sums of a finished segment, which belongs to a group of
@@ -236,20 +253,7 @@ void packed_tile(const Tile &tile) {
     UNROLL for (int t = 0; t < T; t++) floats[p][t] = set_f32(0.0f);
   const int64_t group_bytes = kPanel * scale_bytes(w), panel_scales = x.weight_groups * group_bytes;
   const int64_t segments_per_group = x.segments_per_group;
-  const uint16_t *halves = (const uint16_t *)w.scales + tile.panel * x.weight_groups * kPanel;
   auto scale_sums = [&](int64_t segment) INLINE_LAMBDA {
-    if constexpr (Kind == kHalves) { /* of one panel */
-      static_assert(P == 1);
-      in_this_order(); /* as in add_steps */
-      prefetch((const uint8_t *)halves + kScalesAhead, kPanel * sizeof *halves);
-      in_this_order();
-      auto stored = [&](int, int64_t) INLINE_LAMBDA { return load_halves<true>(halves); };
-      end_segment<kRows>(sums, tile, segment, 0, stored, [&](int p, int t, F32 sum, F32 factor) INLINE_LAMBDA {
-        floats[p][t] = fma(sum, factor, floats[p][t]);
-      });
-      halves += kPanel;
-      return;
-    }
     const int64_t group = quotient(segment, segments_per_group);
     int64_t at = group * group_bytes + kScalesAhead;
     if (at >= panel_scales) at += (P - 1) * panel_scales;
@@ -261,36 +265,80 @@ void packed_tile(const Tile &tile) {
     });
   };
   /* Adds a unit, or half of one, of every panel. */
-  auto add_unit = [&](int64_t u, auto first, auto last) INLINE_LAMBDA {
+  auto add = [&](int64_t u, auto first, auto last) INLINE_LAMBDA {
     constexpr int from = decltype(first)::value, to = decltype(last)::value;
     const int64_t further = ahead + (u >= turn ? jump : 0);
-    UNROLL for (int p = 0; p < P; p++) {
-      Bytes v[Bits];
-      UNROLL for (int i = 0; i < Bits; i++) v[i] = load_bytes(unit + p * stride + i * kVector);
-      add_steps<Bits, Lookup, Wide, from, to>(sums, p, v, unit + p * stride + further, codes, ldx, table);
-    }
+    UNROLL for (int p = 0; p < P; p++)
+      add_unit<Bits, Lookup, Wide, from, to>(sums, p, unit + p * stride, unit + p * stride + further, codes, ldx,
+                                             table);
   };
+  const int64_t segments = x.segments, per_segment = x.segment / kUnit, tokens = x.tokens;
+  const int32_t *starts = starts_of(tile, 0);
   if (x.segment == kUnit / 2) { /* two segments a unit */
     for (int64_t u = 0; u < units; u++, unit += unit_bytes(Bits), codes += kUnit) {
-      start_segment(sums, tile, 2 * u);
-      add_unit(u, Constant<0>{}, Constant<4>{});
+      start_segment(sums, starts), starts += tokens;
+      add(u, Constant<0>{}, Constant<4>{});
       scale_sums(2 * u);
-      if (2 * u + 1 == x.segments) break;
-      start_segment(sums, tile, 2 * u + 1);
-      add_unit(u, Constant<4>{}, Constant<8>{});
+      if (2 * u + 1 == segments) break;
+      start_segment(sums, starts), starts += tokens;
+      add(u, Constant<4>{}, Constant<8>{});
       scale_sums(2 * u + 1);
     }
   } else {
-    int64_t u = 0;
-    for (int64_t segment = 0; segment < x.segments; segment++) {
-      int64_t end = (segment + 1) * (x.segment / kUnit);
-      if (end > units) end = units;
-      start_segment(sums, tile, segment);
-      for (; u < end; u++, unit += unit_bytes(Bits), codes += kUnit)
-        add_unit(u, Constant<0>{}, Constant<8>{});
+    for (int64_t segment = 0, u = 0; segment < segments; segment++, starts += tokens) {
+      const int64_t end = u + per_segment < units ? u + per_segment : units;
+      start_segment(sums, starts);
+      for (; u < end; u++, unit += unit_bytes(Bits), codes += kUnit) add(u, Constant<0>{}, Constant<8>{});
       scale_sums(segment);
     }
   }
+  write_tile(floats, tile);
+}
+
+/* A panel x T tokens where in_halves() holds. Fast memory is waited for when a processor has looked at
+ * as many instructions as it can: the fewer there are for each line of codes, the more lines are asked
+ * for by then. So everything here is as short as can be. */
+template <int Bits, bool Lookup, bool Wide, int T>
+void halves_tile(const Tile &tile) {
+  const pt_weight &w = *tile.product.weight;
+  const Activations &x = tile.product.x;
+  const int64_t tokens = x.tokens, ldx = x.stride;
+  const uint8_t *unit = tile.codes.first, *next = unit + tile.ahead;
+  __asm__("" : "+r"(next)); /* or gcc holds the way to every line of it in a register that it lacks */
+  const int8_t *codes = x.codes_at(tile.token, 0);
+  const uint16_t *scales = (const uint16_t *)w.scales + tile.panel * x.weight_groups * kPanel;
+  const int32_t *starts = starts_of(tile, 0);
+  Bytes table = Lookup ? repeat16(w.lookup) : Bytes{};
+  F32 floats[1][T];
+  UNROLL for (int t = 0; t < T; t++) floats[0][t] = set_f32(0.0f);
+  /* Of so many runs of units. */
+  auto add_segment = [&](auto runs, auto units) INLINE_LAMBDA {
+    /* While one segment's sum waits for itself the next ones' are under way, if they are near enough. */
+    constexpr int C = T == 1 && Bits > 4 && Bits < 8 ? 2 : 1;
+    I32 sums[C][1][T];
+    start_segment(sums, starts), starts += tokens;
+    for (int64_t run = 0; run < runs; run++)
+      UNROLL for (int u = 0; u < units.value; u++) {
+        add_unit<Bits, Lookup, Wide, 0, 8>(sums, 0, unit, next, codes, ldx, table);
+        unit += unit_bytes(Bits), next += unit_bytes(Bits), codes += kUnit;
+      }
+    auto stored = [&](int, int64_t) INLINE_LAMBDA { return load_halves<true>(scales); };
+    end_segment<kRows>(sums, tile, 0, 0, stored, [&](int, int t, F32 sum, F32 factor) INLINE_LAMBDA {
+      floats[0][t] = fma(sum, factor, floats[0][t]);
+    });
+    scales += kPanel;
+  };
+  int64_t left = units_of(w.cols);
+  const int64_t per_segment = x.segment / kUnit;
+  const Constant<1> one{};
+  auto add_segments = [&](auto runs, auto units) INLINE_LAMBDA {
+    for (; left >= per_segment; left -= per_segment) add_segment(runs, units);
+  };
+  if (T == 1 && per_segment == 1) add_segments(one, one);
+  else if (T == 1 && per_segment == 2) add_segments(one, Constant<2>{});
+  else if (T == 1 && per_segment == 4) add_segments(one, Constant<4>{});
+  else add_segments(per_segment, one);
+  if (left) add_segment(left, one);
   write_tile(floats, tile);
 }
 
@@ -326,7 +374,7 @@ void row_tile(const Tile &tile) {
   float *const aside = tile.carried;
   if (last) ask_for_output<P, T>(tile);
   if (tile.begin == 0) {
-    start_segment(sums, tile, 0);
+    start_segment(sums, starts_of(tile, 0));
   } else {
     UNROLL for (int p = 0; p < P; p++)
       UNROLL for (int t = 0; t < T; t++) sums[0][p][t] = load_bits(aside + (p * T + t) * kPanel);
@@ -364,7 +412,7 @@ void grouped_tile(const Tile &tile) {
   /* Half a unit of padding is no segment. */
   for (int64_t begin = tile.begin; begin < tile.end && segment < segments; segment++, scales += tile.scales_stride) {
     const int64_t count = Segment || begin + length < tile.end ? length : tile.end - begin;
-    start_segment(sums, tile, segment);
+    start_segment(sums, starts_of(tile, segment));
     add_columns<Wide, Segment == 32 ? Segment : kRun>(sums[0], tile, values, begin, count);
     auto expanded = [&](int p, int64_t) INLINE_LAMBDA { return load_floats(scales + p * kPanel); };
     const int64_t group = Kind == kAny ? quotient(segment, x.segments_per_group) : 0; /* of zero points */
@@ -652,7 +700,7 @@ void integer_gemv(const Product &product, const Share &share) {
       packed_tile<Bits, Lookup, Bits == 8, (Scales)decltype(kind)::value, p, t>(tile);
     };
     if constexpr (p == 1)
-      if (in_halves(product)) return multiply(Constant<kHalves>{});
+      if (in_halves(product)) return halves_tile<Bits, Lookup, Bits == 8, t>(tile);
     if (scales_of(product) == kRows) multiply(Constant<kRows>{});
     else multiply(Constant<kAny>{});
   };

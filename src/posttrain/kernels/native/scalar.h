@@ -4,6 +4,7 @@
 template <int N>
 struct Constant {
   static constexpr int value = N;
+  constexpr operator int64_t() const { return N; }
 };
 
 #define SCALAR [[maybe_unused]] static inline
