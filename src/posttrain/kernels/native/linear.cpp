@@ -15,7 +15,7 @@ namespace {
 /* Up to this many tokens, unpacking inside the product beats unpacking first. */
 const int64_t kFewTokens = 8;
 const int64_t kSharesOfFew = 32; /* of a thread, then: they read their panels in pairs */
-const int64_t kExpectedBytes = 1 << 15; /* of codes that a thread asks for before it is to read them */
+const int64_t kExpectedBytes = 1 << 16; /* of codes that a thread asks for before it is to read them */
 
 const int64_t kRowBytes = 1 << 15; /* of activations quantized together */
 

@@ -20,7 +20,7 @@ namespace {
 /* How far ahead memory is asked for, in bytes, where several panels are read side by side; a single
  * token's products read as reading() says. */
 static const int64_t kAhead = 1152;
-static const int64_t kScalesAhead = 512;
+static const int64_t kScalesAhead = 512, kHalvesAhead = 256;
 static const int64_t kRowAhead = 512; /* for each of 16 rows read side by side */
 
 /* ------------------------------------------------------------------------------- unpacking */
@@ -128,14 +128,14 @@ struct Tile {
 INLINE void in_this_order() { __asm__ volatile("" ::: "memory"); }
 
 /* sums[c][p][t] += the products of steps First..Last of one unit, v, of panel p. Chains c are
- * independent: a lone accumulator would wait for its own latency. `next` is the unit to ask for: where
- * one panel is read at a time in the second cache, which takes requests for more than the first. */
+ * independent: a lone accumulator would wait for its own latency. `next` is the unit to ask for: in the
+ * second cache, which can wait for more lines than the first, where one stream is all that holds up. */
 template <int Bits, bool Lookup, bool Wide, int First, int Last, int C, int P, int T>
 INLINE void add_steps(I32 (&sums)[C][P][T], int p, const Bytes (&v)[Bits], const uint8_t *next,
                       const int8_t *x, int64_t ldx, Bytes table) {
   if constexpr (First < Last) {
     constexpr int64_t line = First * Bits / 8, lines = (First + 1) * Bits / 8 - line;
-    if constexpr (P == 1) prefetch_far(next + line * kVector, lines * kVector);
+    if constexpr (P == 1 && T < 4) prefetch_far(next + line * kVector, lines * kVector);
     else prefetch(next + line * kVector, lines * kVector);
     in_this_order(); /* asked for all at once, in whatever order, lines come up to a fifth slower */
     const Bytes w = integer_step<Bits, Lookup, First>(v, table);
@@ -322,6 +322,9 @@ void halves_tile(const Tile &tile) {
         add_unit<Bits, Lookup, Wide, 0, 8>(sums, 0, unit, next, codes, ldx, table);
         unit += unit_bytes(Bits), next += unit_bytes(Bits), codes += kUnit;
       }
+    if constexpr (units.value > 1)
+      if ((uintptr_t)scales % kVector == 0) prefetch((const uint8_t *)scales + kHalvesAhead, kVector);
+    in_this_order(); /* as in add_steps */
     auto stored = [&](int, int64_t) INLINE_LAMBDA { return load_halves<true>(scales); };
     end_segment<kRows>(sums, tile, 0, 0, stored, [&](int, int t, F32 sum, F32 factor) INLINE_LAMBDA {
       floats[0][t] = fma(sum, factor, floats[0][t]);
@@ -334,9 +337,9 @@ void halves_tile(const Tile &tile) {
   auto add_segments = [&](auto runs, auto units) INLINE_LAMBDA {
     for (; left >= per_segment; left -= per_segment) add_segment(runs, units);
   };
-  if (T == 1 && per_segment == 1) add_segments(one, one);
-  else if (T == 1 && per_segment == 2) add_segments(one, Constant<2>{});
-  else if (T == 1 && per_segment == 4) add_segments(one, Constant<4>{});
+  if (per_segment == 1) add_segments(one, one);
+  else if (per_segment == 2) add_segments(one, Constant<2>{});
+  else if (per_segment == 4) add_segments(one, Constant<4>{});
   else add_segments(per_segment, one);
   if (left) add_segment(left, one);
   write_tile(floats, tile);
