@@ -295,9 +295,9 @@ void packed_tile(const Tile &tile) {
   write_tile(floats, tile);
 }
 
-/* A panel x T tokens where in_halves() holds. Fast memory is waited for when a processor has looked at
- * as many instructions as it can: the fewer there are for each line of codes, the more lines are asked
- * for by then. So everything here is as short as can be. */
+/* A panel x T tokens where in_halves() holds. A processor looks some hundred instructions ahead: the
+ * fewer of them each line of codes takes, the more lines are on their way at once, which is what fast
+ * memory wants. So a segment has as few as it can: its units written out, no chains but what it needs. */
 template <int Bits, bool Lookup, bool Wide, int T>
 void halves_tile(const Tile &tile) {
   const pt_weight &w = *tile.product.weight;
@@ -311,9 +311,10 @@ void halves_tile(const Tile &tile) {
   Bytes table = Lookup ? repeat16(w.lookup) : Bytes{};
   F32 floats[1][T];
   UNROLL for (int t = 0; t < T; t++) floats[0][t] = set_f32(0.0f);
-  /* Of so many runs of units. */
+  /* A segment is so many runs of so many units, the latter known when compiling. */
   auto add_segment = [&](auto runs, auto units) INLINE_LAMBDA {
-    /* While one segment's sum waits for itself the next ones' are under way, if they are near enough. */
+    /* While the sum of one segment waits for itself those of the next are under way, unless codes take
+     * so long to unpack that they are too far away. */
     constexpr int C = T == 1 && Bits > 4 && Bits < 8 ? 2 : 1;
     I32 sums[C][1][T];
     start_segment(sums, starts), starts += tokens;
