@@ -129,7 +129,8 @@ INLINE void in_this_order() { __asm__ volatile("" ::: "memory"); }
 
 /* sums[c][p][t] += the products of steps First..Last of one unit, v, of panel p. Chains c are
  * independent: a lone accumulator would wait for its own latency. `next` is the unit to ask for: in the
- * second cache, which can wait for more lines than the first, where one stream is all that holds up. */
+ * second cache, which can wait for more lines than the first, unless so many tokens or panels are
+ * multiplied with each line that memory can wait. */
 template <int Bits, bool Lookup, bool Wide, int First, int Last, int C, int P, int T>
 INLINE void add_steps(I32 (&sums)[C][P][T], int p, const Bytes (&v)[Bits], const uint8_t *next,
                       const int8_t *x, int64_t ldx, Bytes table) {
@@ -154,11 +155,12 @@ INLINE void add_unit(I32 (&sums)[C][P][T], int p, const uint8_t *unit, const uin
   add_steps<Bits, Lookup, Wide, First, Last>(sums, p, v, next, x, ldx, table);
 }
 
-/* Integer sums of a segment start at -zero * sum(x): then `code - zero` needs no arithmetic. */
+/* What the sums of a segment start at, from the tile's first token on. */
 INLINE const int32_t *starts_of(const Tile &tile, int64_t segment) {
   return tile.product.starts + segment * tile.product.x.tokens + tile.token;
 }
 
+/* Integer sums of a segment start at -zero * sum(x): then `code - zero` needs no arithmetic. */
 template <int C, int P, int T>
 INLINE void start_segment(I32 (&sums)[C][P][T], const int32_t *starts) {
   UNROLL for (int t = 0; t < T; t++) {
@@ -265,7 +267,7 @@ void packed_tile(const Tile &tile) {
     });
   };
   /* Adds a unit, or half of one, of every panel. */
-  auto add = [&](int64_t u, auto first, auto last) INLINE_LAMBDA {
+  auto add_panels = [&](int64_t u, auto first, auto last) INLINE_LAMBDA {
     constexpr int from = decltype(first)::value, to = decltype(last)::value;
     const int64_t further = ahead + (u >= turn ? jump : 0);
     UNROLL for (int p = 0; p < P; p++)
@@ -277,18 +279,19 @@ void packed_tile(const Tile &tile) {
   if (x.segment == kUnit / 2) { /* two segments a unit */
     for (int64_t u = 0; u < units; u++, unit += unit_bytes(Bits), codes += kUnit) {
       start_segment(sums, starts), starts += tokens;
-      add(u, Constant<0>{}, Constant<4>{});
+      add_panels(u, Constant<0>{}, Constant<4>{});
       scale_sums(2 * u);
       if (2 * u + 1 == segments) break;
       start_segment(sums, starts), starts += tokens;
-      add(u, Constant<4>{}, Constant<8>{});
+      add_panels(u, Constant<4>{}, Constant<8>{});
       scale_sums(2 * u + 1);
     }
   } else {
     for (int64_t segment = 0, u = 0; segment < segments; segment++, starts += tokens) {
       const int64_t end = u + per_segment < units ? u + per_segment : units;
       start_segment(sums, starts);
-      for (; u < end; u++, unit += unit_bytes(Bits), codes += kUnit) add(u, Constant<0>{}, Constant<8>{});
+      for (; u < end; u++, unit += unit_bytes(Bits), codes += kUnit)
+        add_panels(u, Constant<0>{}, Constant<8>{});
       scale_sums(segment);
     }
   }
@@ -314,7 +317,7 @@ void halves_tile(const Tile &tile) {
   /* A segment is so many runs of so many units, the latter known when compiling. */
   auto add_segment = [&](auto runs, auto units) INLINE_LAMBDA {
     /* While the sum of one segment waits for itself those of the next are under way, unless codes take
-     * so long to unpack that they are too far away. */
+     * so long to unpack that they are too far away. Long segments are no slower for it, from memory. */
     constexpr int C = T == 1 && Bits > 4 && Bits < 8 ? 2 : 1;
     I32 sums[C][1][T];
     start_segment(sums, starts), starts += tokens;
