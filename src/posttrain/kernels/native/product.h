@@ -44,6 +44,14 @@ INLINE const uint8_t *codes_at(const pt_weight &w, int64_t panel, int64_t begin)
   return w.codes + panel * panel_bytes(w.cols, w.bits) + panel_bytes(begin, w.bits);
 }
 
+/* The first step of a unit of codes of `Bits` bits to take of its vector i. */
+constexpr int first_step(int Bits, int i) {
+  if (Bits == 8) return i;
+  if (Bits % 2 && i == Bits - 1) return 0;
+  if (Bits < 4) return 4 * i;
+  return i < 4 ? 2 * i : 4 * (i - 4);
+}
+
 /* Step S of a unit of codes of `Bits` bits, whose vectors are v, as 64 bytes. */
 template <int Bits, int S>
 INLINE Bytes unpack_step(const Bytes (&v)[Bits]) {
@@ -127,32 +135,36 @@ struct Tile {
 /* What stands before is done before what follows, as far as the compiler is concerned. */
 INLINE void in_this_order() { __asm__ volatile("" ::: "memory"); }
 
-/* sums[c][p][t] += the products of steps First..Last of one unit, v, of panel p. Chains c are
- * independent: a lone accumulator would wait for its own latency. `next` is the unit to ask for: in the
- * second cache, which can wait for more lines than the first, unless so many tokens or panels are
- * multiplied with each line that memory can wait. */
+/* sums[c][p][t] += the products of steps First..Last of a unit of panel p, whose vectors so far are v.
+ * Chains c are independent: a lone accumulator would wait for its own latency. `next` is the unit to ask
+ * for: in the second cache, which can wait for more lines than the first, unless so many tokens or panels
+ * are multiplied with each line that memory can wait. Lines are asked for, and read, one after the other:
+ * all of a unit's at once come up to a fifth slower. */
 template <int Bits, bool Lookup, bool Wide, int First, int Last, int C, int P, int T>
-INLINE void add_steps(I32 (&sums)[C][P][T], int p, const Bytes (&v)[Bits], const uint8_t *next,
-                      const int8_t *x, int64_t ldx, Bytes table) {
+INLINE void add_steps(I32 (&sums)[C][P][T], int p, Bytes (&v)[Bits], const uint8_t *unit,
+                      const uint8_t *next, const int8_t *x, int64_t ldx, Bytes table) {
   if constexpr (First < Last) {
     constexpr int64_t line = First * Bits / 8, lines = (First + 1) * Bits / 8 - line;
     if constexpr (P == 1 && T < 4) prefetch_far(next + line * kVector, lines * kVector);
     else prefetch(next + line * kVector, lines * kVector);
-    in_this_order(); /* asked for all at once, in whatever order, lines come up to a fifth slower */
+    in_this_order();
+    UNROLL for (int i = 0; i < Bits; i++)
+      if (first_step(Bits, i) == First) v[i] = load_bytes(unit + i * kVector);
     const Bytes w = integer_step<Bits, Lookup, First>(v, table);
     UNROLL for (int t = 0; t < T; t++)
       sums[First % C][p][t] = dot_at<Wide>(sums[First % C][p][t], w, x + t * ldx + First * kStep);
-    add_steps<Bits, Lookup, Wide, First + 1, Last>(sums, p, v, next, x, ldx, table);
+    add_steps<Bits, Lookup, Wide, First + 1, Last>(sums, p, v, unit, next, x, ldx, table);
   }
 }
 
-/* The same of a unit in memory. */
+/* The same, from the vectors on that steps before First leave behind. */
 template <int Bits, bool Lookup, bool Wide, int First, int Last, int C, int P, int T>
 INLINE void add_unit(I32 (&sums)[C][P][T], int p, const uint8_t *unit, const uint8_t *next, const int8_t *x,
                      int64_t ldx, Bytes table) {
   Bytes v[Bits];
-  UNROLL for (int i = 0; i < Bits; i++) v[i] = load_bytes(unit + i * kVector);
-  add_steps<Bits, Lookup, Wide, First, Last>(sums, p, v, next, x, ldx, table);
+  UNROLL for (int i = 0; i < Bits; i++)
+    if (first_step(Bits, i) < First) v[i] = load_bytes(unit + i * kVector);
+  add_steps<Bits, Lookup, Wide, First, Last>(sums, p, v, unit, next, x, ldx, table);
 }
 
 /* What the sums of a segment start at, from the tile's first token on. */
