@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.find().r
 
 A8, A8_GROUPED = "int8h | fp32/row", "int8 | fp16/g128"
 IN_INTEGERS = [  # (weights, activations) summed in integers
-    *((f"w{bits}g{group}", A8) for bits in range(2, 9) for group in (32, 64, 128)),
+    *((f"w{bits}g{group}", A8) for bits in range(2, 9) for group in (16, 32, 64, 128)),
     *((f"w{bits}", A8) for bits in range(2, 9)),
     *((f"w{bits}g{group}z", A8) for bits in (2, 4, 8) for group in (16, 64)),
     *((name, A8_GROUPED) for name in ("w4g32", "w6", "w8g64z")),
