@@ -280,6 +280,14 @@ INLINE F32 load_scales(const pt_weight &w, int64_t at) {
   for (int i = 0; i < 16; i++) all[i] = scale_at(w.scales, w.scale_type, at + i);
   return load_floats(all);
 }
+template <int Bits, int J>
+INLINE I32 index_of(Bytes b) { return byte_of<J>(b); }
+template <int Shift>
+INLINE Bytes index_nibbles(Bytes b) { return field<Shift, 4>(b); }
+static const float kByteBias = 0.0f;
+template <int J>
+INLINE F32 biased_byte(Bytes b) { return to_f32(byte_of<J>(b)); }
+static const int kFastTables = 0; /* up to how many bits looking up is faster than arithmetic */
 template <int Bits>
 INLINE FloatTable<Bits> load_table(const float *values) { return {values}; }
 template <int Bits>

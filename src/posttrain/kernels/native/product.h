@@ -471,11 +471,11 @@ struct FloatWeights {
 
   /* sums[p][t] += the products of steps first..last of unit u */
   template <int P, int T>
-  INLINE_MEMBER void add(F32 (&sums)[P][T], const uint8_t *panel, int64_t u, int64_t stride,
+  INLINE_MEMBER void add(F32 (&sums)[P][T], const uint8_t *panel, int64_t u, int64_t stride, int64_t ahead,
                          const float *x, int64_t ldx, int64_t first, int64_t last,
                          const F32 (&)[P]) const {
     const uint8_t *unit = panel + u * unit_bytes(Bits);
-    UNROLL for (int p = 0; p < P; p++) prefetch(unit + p * stride + kAhead, unit_bytes(Bits));
+    UNROLL for (int p = 0; p < P; p++) prefetch(unit + p * stride + ahead, unit_bytes(Bits));
     for (int64_t i = first * kStep; i < last * kStep; i++)
       UNROLL for (int p = 0; p < P; p++) {
         F32 w = column(unit + p * stride, i);
@@ -496,55 +496,64 @@ struct FloatRows {
   const pt_weight &w;
   explicit FloatRows(const pt_weight &weight) : w(weight) {}
 
-  /* Unit `u` of a panel as 32 columns of 16; rows and columns beyond the last are 0. */
-  INLINE_MEMBER void transposed(const uint8_t *panel, int64_t u, float *out) const {
-    constexpr int64_t size = Bits / 8, lanes = 4 / size; /* columns that one lane holds */
-    const int64_t row_bytes = w.cols * size;
-    const int64_t rows = (w.rows * row_bytes - (panel - w.codes)) / row_bytes;
-    const int64_t cols = w.cols - u * kUnit;
-    for (int64_t first = 0; first < kUnit; first += kPanel * lanes) {
-      F32 v[kPanel];
-      for (int r = 0; r < kPanel; r++) {
-        const uint8_t *from = panel + r * row_bytes + (u * kUnit + first) * size;
-        if (r < rows && cols - first >= kPanel * lanes) {
-          v[r] = load_floats((const float *)from);
-          prefetch(from + kRowAhead, 64);
-        } else {
-          alignas(64) uint8_t some[64] = {};
-          int64_t count = cols - first < kPanel * lanes ? cols - first : kPanel * lanes;
-          if (r < rows && count > 0) __builtin_memcpy(some, from, count * size);
-          v[r] = load_floats((const float *)some);
-        }
+  static constexpr int64_t size = Bits / 8, lanes = 4 / size; /* columns that one lane holds */
+
+  /* Columns from `column` on of a panel's rows, v[i] the i-th of them, or with 16 bits the i-th pair;
+   * rows and columns beyond the last are 0. */
+  INLINE_MEMBER void load(const uint8_t *panel, int64_t column, F32 (&v)[kPanel]) const {
+    const int64_t row_bytes = w.cols * size, at = column * size;
+    const uint8_t *end = w.codes + w.rows * row_bytes, *from = panel + at;
+    if (panel + kPanel * row_bytes <= end && w.cols - column >= kPanel * lanes) {
+      /* Towards its end a row asks for the one of the next panel. */
+      const int64_t ahead = kRowAhead + (at + kRowAhead < row_bytes ? 0 : (kPanel - 1) * row_bytes);
+      UNROLL for (int r = 0; r < kPanel; r++, from += row_bytes) {
+        v[r] = load_floats((const float *)from);
+        prefetch_far(from + ahead, kVector);
       }
-      transpose(v);
-      for (int i = 0; i < kPanel; i++, out += lanes * kPanel) {
-        if constexpr (Bits == 32) {
-          store_some(out, v[i], kPanel);
-        } else {
-          store_some(out, half_lanes<Half, 0>(v[i]), kPanel);
-          store_some(out + kPanel, half_lanes<Half, 1>(v[i]), kPanel);
-        }
+    } else {
+      const int64_t left = w.cols - column, count = left < 0 ? 0 : left < kPanel * lanes ? left : kPanel * lanes;
+      for (int r = 0; r < kPanel; r++, from += row_bytes) {
+        alignas(64) uint8_t some[64] = {};
+        if (from < end) __builtin_memcpy(some, from, count * size);
+        v[r] = load_floats((const float *)some);
+      }
+    }
+    transpose(v);
+  }
+
+  /* Calls f(i, column i) for all columns that `load` gave. */
+  template <class F>
+  INLINE_MEMBER void for_columns(const F32 (&v)[kPanel], F f) const {
+    UNROLL for (int i = 0; i < kPanel; i++) {
+      if constexpr (Bits == 32) {
+        f(i, v[i]);
+      } else {
+        f(2 * i, half_lanes<Half, 0>(v[i]));
+        f(2 * i + 1, half_lanes<Half, 1>(v[i]));
       }
     }
   }
 
   template <int P, int T>
-  INLINE_MEMBER void add(F32 (&sums)[P][T], const uint8_t *panel, int64_t u, int64_t stride,
-                         const float *x, int64_t ldx, int64_t first, int64_t last,
-                         const F32 (&)[P]) const {
-    alignas(64) float columns[kUnit * kPanel];
-    UNROLL for (int p = 0; p < P; p++) {
-      transposed(panel + p * stride, u, columns);
-      for (int64_t i = first * kStep; i < last * kStep; i++) {
-        F32 column = load_floats(columns + i * kPanel);
-        UNROLL for (int t = 0; t < T; t++)
-          sums[p][t] = fma(column, set_f32(x[t * ldx + i]), sums[p][t]);
+  INLINE_MEMBER void add(F32 (&sums)[P][T], const uint8_t *panel, int64_t u, int64_t stride, int64_t,
+                         const float *x, int64_t ldx, int64_t, int64_t, const F32 (&)[P]) const {
+    for (int64_t first = 0; first < kUnit; first += kPanel * lanes)
+      UNROLL for (int p = 0; p < P; p++) {
+        F32 v[kPanel];
+        load(panel + p * stride, u * kUnit + first, v);
+        for_columns(v, [&](int i, F32 column) INLINE_LAMBDA {
+          UNROLL for (int t = 0; t < T; t++)
+            sums[p][t] = fma(column, set_f32(x[t * ldx + first + i]), sums[p][t]);
+        });
       }
-    }
   }
 
   INLINE_MEMBER void unpack(const uint8_t *panel, int64_t u, F32, F32, float *out) const {
-    transposed(panel, u, out);
+    for (int64_t first = 0; first < kUnit; first += kPanel * lanes, out += lanes * kPanel * kPanel) {
+      F32 v[kPanel];
+      load(panel, u * kUnit + first, v);
+      for_columns(v, [&](int i, F32 column) INLINE_LAMBDA { store_some(out + i * kPanel, column, kPanel); });
+    }
   }
 };
 
@@ -554,14 +563,19 @@ struct CodeWeights {
   static constexpr int bits = Bits;
   FloatTable<Table ? Bits : 1> table;
   explicit CodeWeights(const pt_weight &w) {
-    if constexpr (Table) table = load_table<Bits>(w.table);
+    if constexpr (Table) {
+      float whole[16];
+      for (int i = 0; i < 16; i++) whole[i] = (float)(i - w.zero);
+      table = load_table<Bits>(w.stage == PT_INTEGER ? whole : w.table);
+    }
   }
   template <int J>
   INLINE_MEMBER F32 column(Bytes step, F32 zero) const {
-    I32 code = byte_of<J>(step);
-    if constexpr (Table) return look_up(table, code);
-    else return subtract(to_f32(code), zero);
+    if constexpr (Table) return look_up(table, index_of<Bits, J>(step));
+    else return subtract(biased_byte<J>(step), zero);
   }
+
+  /* sums[p][t] += the products of column J of a step of every panel. */
   template <int J, int P, int T>
   INLINE_MEMBER void add_column(F32 (&sums)[P][T], const Bytes (&steps)[P], const float *x,
                                 int64_t ldx, const F32 (&zero)[P]) const {
@@ -571,22 +585,52 @@ struct CodeWeights {
     }
   }
 
+  /* Step S of a unit whose vectors are v, for `column`. */
+  template <int S>
+  static INLINE_MEMBER Bytes step_of(const Bytes (&v)[Bits]) {
+    if constexpr (Table && Bits == 4) return index_nibbles<S % 2 * 4>(v[S / 2]);
+    else return unpack_step<Bits, S>(v);
+  }
+
+  /* sums[p][t] += the products of steps First..Last of a unit of every panel, whose vectors so far are v. */
+  template <int First, int Last, int P, int T>
+  INLINE_MEMBER void add_steps(F32 (&sums)[P][T], Bytes (&v)[P][Bits], const uint8_t *const (&units)[P],
+                               int64_t ahead, const float *x, int64_t ldx, const F32 (&zero)[P]) const {
+    if constexpr (First < Last) {
+      constexpr int64_t line = First * Bits / 8, lines = (First + 1) * Bits / 8 - line;
+      Bytes steps[P];
+      UNROLL for (int p = 0; p < P; p++) {
+        prefetch(units[p] + ahead + line * kVector, lines * kVector);
+        UNROLL for (int i = 0; i < Bits; i++)
+          if (first_step(Bits, i) == First) v[p][i] = load_bytes(units[p] + i * kVector);
+        steps[p] = step_of<First>(v[p]);
+      }
+      const float *values = x + First * kStep;
+      add_column<0>(sums, steps, values, ldx, zero);
+      add_column<1>(sums, steps, values, ldx, zero);
+      add_column<2>(sums, steps, values, ldx, zero);
+      add_column<3>(sums, steps, values, ldx, zero);
+      add_steps<First + 1, Last>(sums, v, units, ahead, x, ldx, zero);
+    }
+  }
+
+  /* Groups are whole units or half ones. */
   template <int P, int T>
-  INLINE_MEMBER void add(F32 (&sums)[P][T], const uint8_t *panel, int64_t u, int64_t stride,
+  INLINE_MEMBER void add(F32 (&sums)[P][T], const uint8_t *panel, int64_t u, int64_t stride, int64_t ahead,
                          const float *x, int64_t ldx, int64_t first, int64_t last,
                          const F32 (&zero)[P]) const {
-    const uint8_t *unit = panel + u * unit_bytes(Bits);
-    UNROLL for (int p = 0; p < P; p++) prefetch(unit + p * stride + kAhead, unit_bytes(Bits));
-    alignas(64) uint8_t bytes[P][kUnit * kPanel];
-    UNROLL for (int p = 0; p < P; p++) unpack_unit<Bits, false>(unit + p * stride, bytes[p], Bytes{});
-    for (int64_t s = first; s < last; s++) {
-      Bytes steps[P];
-      UNROLL for (int p = 0; p < P; p++) steps[p] = load_bytes(bytes[p] + s * kVector);
-      add_column<0>(sums, steps, x + s * kStep, ldx, zero);
-      add_column<1>(sums, steps, x + s * kStep, ldx, zero);
-      add_column<2>(sums, steps, x + s * kStep, ldx, zero);
-      add_column<3>(sums, steps, x + s * kStep, ldx, zero);
+    const uint8_t *units[P];
+    UNROLL for (int p = 0; p < P; p++) {
+      units[p] = panel + u * unit_bytes(Bits) + p * stride;
+      __asm__("" : "+r"(units[p])); /* or gcc holds the way from one to the next for every line of them */
     }
+    Bytes v[P][Bits];
+    if (first == 0) add_steps<0, 4>(sums, v, units, ahead, x, ldx, zero);
+    if (last == 4) return;
+    UNROLL for (int p = 0; p < P; p++)
+      UNROLL for (int i = 0; i < Bits; i++)
+        if (first_step(Bits, i) < 4) v[p][i] = load_bytes(units[p] + i * kVector);
+    add_steps<4, 8>(sums, v, units, ahead, x, ldx, zero);
   }
 
   /* One unit as float32 columns; the zero points of its two halves may differ. */
@@ -606,9 +650,10 @@ struct CodeWeights {
   }
 };
 
-/* The zero points of one panel and group, as floats. */
+/* The zero points of one panel and group, as floats and biased like the codes. */
 INLINE F32 load_zero(const pt_weight &w, int64_t at) {
-  return w.zeros ? to_f32(load_u8(w.zeros + at)) : set_f32((float)w.zero);
+  if (!w.zeros) return set_f32((float)w.zero + kByteBias);
+  return add(to_f32(load_u8(w.zeros + at)), set_f32(kByteBias));
 }
 
 /* A tile over `Weights`, all columns. */
@@ -619,6 +664,8 @@ void float_tile(const Tile &tile) {
   const int64_t steps = padded(w.cols) / kStep, groups = ceil_div(w.cols, w.group);
   const int64_t unit_steps = kUnit / kStep;
   const float *values = x.values + tile.token * x.stride;
+  /* Towards its end a panel asks for the one that its stream continues with. */
+  const int64_t turn = units_of(w.cols) - ceil_div(kAhead, unit_bytes(Weights::bits)), jump = (P - 1) * tile.codes.stride;
   const Weights weights(w);
   F32 floats[P][T], sums[P][T], zero[P];
   UNROLL for (int p = 0; p < P; p++)
@@ -633,8 +680,9 @@ void float_tile(const Tile &tile) {
     while (step < end) {
       int64_t first = step % unit_steps, left = end - (step - first);
       int64_t last = left < unit_steps ? left : unit_steps;
-      weights.add(sums, tile.codes.first, step / unit_steps, tile.codes.stride, values + (step - first) * kStep,
-                  x.stride, first, last, zero);
+      const int64_t unit = step / unit_steps;
+      weights.add(sums, tile.codes.first, unit, tile.codes.stride, kAhead + (unit >= turn ? jump : 0),
+                  values + (step - first) * kStep, x.stride, first, last, zero);
       step += last - first;
     }
     UNROLL for (int p = 0; p < P; p++) {
@@ -701,7 +749,7 @@ INLINE void with_float_weights(const pt_weight &w, F f) {
     if (w.bits == 32) f(FloatWeights<32, false>(w));
     else if (w.half == PT_F16) f(FloatWeights<16, true>(w));
     else f(FloatWeights<16, false>(w));
-  } else if (w.stage == PT_INTEGER) {
+  } else if (w.stage == PT_INTEGER && (w.zeros || w.bits > kFastTables)) {
     with_bits(w.bits, [&](auto bits) { f(CodeWeights<decltype(bits)::value, false>(w)); });
   } else {
     with_bits(w.bits, [&](auto bits) { f(CodeWeights<decltype(bits)::value, true>(w)); });

@@ -78,6 +78,27 @@ INLINE I32 byte_of(Bytes b) {
   return {_mm512_and_si512(_mm512_srli_epi32(b.v, 8 * J), _mm512_set1_epi32(255))};
 }
 
+/* Byte J of every lane as an index of tables of 2^Bits floats; of those in registers look_up reads as
+ * many bits as it needs. */
+template <int Bits, int J>
+INLINE I32 index_of(Bytes b) {
+  if constexpr (Bits > 6) return byte_of<J>(b);
+  else return {J ? _mm512_srli_epi32(b.v, 8 * J) : b.v};
+}
+/* The nibble at bit Shift of every byte, for index_of: what lies above it may stay. */
+template <int Shift>
+INLINE Bytes index_nibbles(Bytes b) { return {Shift ? _mm512_srli_epi32(b.v, Shift) : b.v}; }
+/* kByteBias + byte J of every lane, the byte being the last of that number's fraction. */
+static const float kByteBias = 0x1p23f;
+template <int J>
+INLINE F32 biased_byte(Bytes b) {
+  const __m512i bias = _mm512_castps_si512(_mm512_set1_ps(kByteBias));
+  if constexpr (J == 0)
+    return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(b.v, bias, _mm512_set1_epi32(255), 0xec))};
+  const __m512i place = _mm512_broadcast_i32x4(_mm_set_epi8(0, 0, 0, 12 + J, 0, 0, 0, 8 + J, 0, 0, 0, 4 + J, 0, 0, 0, J));
+  return {_mm512_castsi512_ps(_mm512_mask_shuffle_epi8(bias, 0x1111111111111111, b.v, place))};
+}
+
 INLINE F32 set_f32(float value) { return {_mm512_set1_ps(value)}; }
 INLINE F32 to_f32(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 INLINE F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -153,24 +174,24 @@ INLINE F32 within(F32 v, int64_t begin, int64_t end, float other) {
 }
 INLINE void transpose(F32 (&v)[16]) {
   __m512i a[16], b[16];
-  for (int i = 0; i < 16; i++) a[i] = _mm512_castps_si512(v[i].v);
-  for (int i = 0; i < 8; i++) {
+  UNROLL for (int i = 0; i < 16; i++) a[i] = _mm512_castps_si512(v[i].v);
+  UNROLL for (int i = 0; i < 8; i++) {
     b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
     b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
   }
-  for (int i = 0; i < 4; i++) {
+  UNROLL for (int i = 0; i < 4; i++) {
     a[4 * i] = _mm512_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
     a[4 * i + 1] = _mm512_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
     a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
     a[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
   }
-  for (int i = 0; i < 4; i++) {
+  UNROLL for (int i = 0; i < 4; i++) {
     b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
     b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
     b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
     b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
   }
-  for (int i = 0; i < 8; i++) {
+  UNROLL for (int i = 0; i < 8; i++) {
     v[i].v = _mm512_castsi512_ps(_mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
     v[i + 8].v = _mm512_castsi512_ps(_mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
   }
@@ -188,16 +209,14 @@ INLINE F32 load_scales(const pt_weight &w, int64_t at) {
   if (w.scale_type == PT_F16) return load_halves<true>((const uint16_t *)w.scales + at);
   if (w.scale_type == PT_F32) return load_floats((const float *)w.scales + at);
   if (w.scale_type == PT_BF16) return load_halves<false>((const uint16_t *)w.scales + at);
+  if (w.scale_type == PT_E4M3) return mul(load_e4m3((const uint8_t *)w.scales + at), set_f32(0x1p8f));
   __m512i code = load_u8((const uint8_t *)w.scales + at).v;
-  if (w.scale_type == PT_E4M3) { /* scales are positive: no sign to move */
-    __m512 small = _mm512_castsi512_ps(_mm512_slli_epi32(code, 20));
-    return {_mm512_mul_ps(small, _mm512_set1_ps(0x1p120f))};
-  }
   __mmask16 zero = _mm512_testn_epi32_mask(code, code);
   __mmask16 nan = _mm512_cmpeq_epi32_mask(code, _mm512_set1_epi32(255));
   __m512i bits = _mm512_mask_set1_epi32(_mm512_slli_epi32(code, 23), zero, 0x00400000);
   return {_mm512_castsi512_ps(_mm512_mask_set1_epi32(bits, nan, 0x7fc00000))};
 }
+static const int kFastTables = 4; /* up to how many bits looking up is faster than arithmetic */
 template <int Bits>
 INLINE FloatTable<Bits> load_table(const float *values) {
   if constexpr (Bits > 6) {
