@@ -50,9 +50,15 @@ PEAK_SECONDS = 0.01
 NO_AMX = "AVX512_CORE_VNNI"  # what oneDNN is held to, beside ours on the same instructions
 PACKAGES = {"llama.cpp": "llama_cpp_python"}  # where the package is not called as the library is
 
-PER_TOKEN, PER_32 = "int8h | fp32/row", "int8h | fp32/g32"
-SAID = {PER_TOKEN: "int8 per token", PER_32: "int8 per 32"}
+PER_TOKEN, PER_32, FLOATS = "int8h | fp32/row", "int8h | fp32/g32", "None"
+SAID = {PER_TOKEN: "int8 per token", PER_32: "int8 per 32", FLOATS: "float32"}
 SCALES = {8: ("row", "g32"), 6: ("row", "g128", "g64", "g32"), 4: ("g128", "g64", "g32")}
+WEIGHT_ONLY = {
+    "W8 row": "int8 | fp32/row",
+    "W6 g64": "int6 | fp16/g64",
+    "W4 g64": "int4 | fp16/g64",
+    "W4 nf4 g64": "nf4 | fp16/g64",
+}
 MAIN = ("W8A8 row", "W6A8 g64", "W4A8 g64")  # shown against every peer, others against llama.cpp
 
 
@@ -89,7 +95,8 @@ def contenders() -> list[Contender]:
 
 
 def _ours() -> Iterator[Contender]:
-    """Weights in all groupings, activations per token and per 32, and what the recipes use."""
+    """Weights in all groupings, activations per token and per 32 or as floats, and what the recipes
+    use."""
     names = {}
     for bits, scales in SCALES.items():
         for scale in scales:
@@ -103,10 +110,14 @@ def _ours() -> Iterator[Contender]:
             key = weight, str(rule.input), rule.rotate
             name = names.get((*key[:2], False), f"W{rule.weight.grid.bits}A8 {key[:2]}")
             names[key] = f"{name} rotated, {recipe}" if rule.rotate else name
+    names |= {(weight, FLOATS, False): f"{name}, float32" for name, weight in WEIGHT_ONLY.items()}
     best, *others = kernels.isas()
     for (weight, given, rotate), name in names.items():
         options = {"format": weight, "input": given, "rotate": rotate, "isa": best, "decode": "C"}
         made = Contender("posttrain", name, int(name[1]), SAID.get(given, given), options)
+        if given == FLOATS:
+            yield replace(made, tasks=("decode",))
+            continue
         yield made
         if name in MAIN:
             python = options | {"decode": "Python"}

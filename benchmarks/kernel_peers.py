@@ -105,7 +105,8 @@ class Posttrain(Layer):
         from posttrain import kernels
         from posttrain.numbers import Spec, quantize
 
-        self.spec, self.input_spec = Spec.parse(format), Spec.parse(input)
+        self.spec = Spec.parse(format)
+        self.input_spec = None if input == "None" else Spec.parse(input)
         self.input = kernels.InputFormat.of(self.input_spec, rotate)
         self.decode = decode
         self.nbytes = self.spec.stored_bits(weight.shape) // 8
@@ -161,7 +162,9 @@ class Posttrain(Layer):
         from posttrain.numbers import fake_quantize
 
         dense = self.dense
-        seen = fake_quantize(self.target(x), self.input_spec).double()
+        seen = self.target(x).double()
+        if self.input_spec is not None:
+            seen = fake_quantize(self.target(x), self.input_spec).double()
         bound = 2 * (self.cols + 4) * 2.0**-24 * (seen.abs() @ dense.abs().T)
         of_bound = float(((y[:, :CHECKED_ROWS] - seen @ dense.T).abs() / bound).max())
         if not of_bound <= 1:

@@ -475,7 +475,9 @@ struct FloatWeights {
                          const float *x, int64_t ldx, int64_t first, int64_t last,
                          const F32 (&)[P]) const {
     const uint8_t *unit = panel + u * unit_bytes(Bits);
-    UNROLL for (int p = 0; p < P; p++) prefetch(unit + p * stride + ahead, unit_bytes(Bits));
+    /* What many tokens are multiplied with is near: asking for it would cost a fifth of their time. */
+    if constexpr (P == 1 || T == 1)
+      UNROLL for (int p = 0; p < P; p++) prefetch(unit + p * stride + ahead, unit_bytes(Bits));
     for (int64_t i = first * kStep; i < last * kStep; i++)
       UNROLL for (int p = 0; p < P; p++) {
         F32 w = column(unit + p * stride, i);
