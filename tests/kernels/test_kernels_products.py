@@ -29,8 +29,9 @@ IN_INTEGERS = [  # (weights, activations) summed in integers
 ]
 LOOKED_UP = [("mxfp4", A8), ("nvfp4", A8), ("fp4-g64", A8_GROUPED)]
 IN_FLOATS = [
-    *((f"w{bits}g64", None) for bits in range(2, 9)),
-    *((name, None) for name in ("w4g16z", "w8g32z", "w6", "nf4", "nf4-dq", "bnb-fp4", "zqfp-m2")),
+    *((f"w{bits}g{group}", None) for bits in range(2, 9) for group in (16, 64)),
+    *((f"w{bits}g16z", None) for bits in range(2, 9)),
+    *((name, None) for name in ("w8g32z", "w6", "nf4", "nf4-dq", "bnb-fp4", "zqfp-m2")),
     *((name, None) for name in ("mxfp4", "nvfp4", "fp6", "mxfp6", "mxfp6-e3m2", "mxfp8", "fp8")),
     ("nf4", A8),
     ("fp8-e5m2", A8_GROUPED),
@@ -87,6 +88,15 @@ def test_products_match_the_reference(isa, weights, activations):
             assert (error <= bound(snapped, q, bias)).all(), (rows, cols, tokens)
             seen += 1
     assert seen
+
+
+@pytest.mark.parametrize("weights,activations", IN_FLOATS)
+def test_a_token_through_many_rows_comes_out_as_in_a_prompt(isa, weights, activations):
+    """Bit for bit; only shares of many rows are read several panels side by side."""
+    q, bias, x = example(weights, 4200, 96, 9)
+    many = product(x, q, bias, activations)
+    assert torch.equal(product(x[:1], q, bias, activations), many[:1])
+    assert torch.equal(product(x[:3], q, bias, activations), many[:3])
 
 
 @pytest.mark.parametrize("weights,activations", IN_INTEGERS[:28])
