@@ -12,6 +12,7 @@ namespace {
 /* 2 panels x 2 tokens: 8 registers of sums, 4 of weights, 1 of activations, 3 temporaries. */
 static const int kGemvTokens = 4;
 static constexpr TileShape kTile = {2, 2}, kGroupedTile = {2, 2}, kFloatTile = {2, 2};
+static const bool kManyRegisters = false; /* for weights of several panels decoded side by side */
 static const int kRun = kStep; /* columns of a tile's loop at a time */
 static constexpr TileShape kAttentionTile = {2, 2}; /* vectors, queries */
 

@@ -12,6 +12,7 @@ namespace {
 /* 1 panel x 4 tokens: 16 registers of sums, 4 of weights, 4 of activations. */
 static const int kGemvTokens = 4;
 static constexpr TileShape kTile = {1, 4}, kGroupedTile = {1, 4}, kFloatTile = {1, 4};
+static const bool kManyRegisters = false; /* for weights of several panels decoded side by side */
 static const int kRun = kStep; /* columns of a tile's loop at a time */
 static constexpr TileShape kAttentionTile = {2, 2}; /* vectors, queries */
 

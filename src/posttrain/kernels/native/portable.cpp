@@ -8,6 +8,7 @@ namespace {
 
 static const int kGemvTokens = 1;
 static constexpr TileShape kTile = {1, 1}, kGroupedTile = {1, 1}, kFloatTile = {1, 1};
+static const bool kManyRegisters = false; /* for weights of several panels decoded side by side */
 static const int kRun = kStep; /* columns of a tile's loop at a time */
 static constexpr TileShape kAttentionTile = {1, 1}; /* vectors, queries */
 

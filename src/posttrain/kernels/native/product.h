@@ -500,6 +500,13 @@ struct FloatRows {
 
   static constexpr int64_t size = Bits / 8, lanes = 4 / size; /* columns that one lane holds */
 
+  /* Written out where 16 vectors stay in registers. */
+  template <class F>
+  static INLINE_MEMBER void for_rows(F f) {
+    if constexpr (kManyRegisters) UNROLL for (int r = 0; r < kPanel; r++) f(r);
+    else for (int r = 0; r < kPanel; r++) f(r);
+  }
+
   /* Columns from `column` on of a panel's rows, v[i] the i-th of them, or with 16 bits the i-th pair;
    * rows and columns beyond the last are 0. */
   INLINE_MEMBER void load(const uint8_t *panel, int64_t column, F32 (&v)[kPanel]) const {
@@ -508,10 +515,11 @@ struct FloatRows {
     if (panel + kPanel * row_bytes <= end && w.cols - column >= kPanel * lanes) {
       /* Towards its end a row asks for the one of the next panel. */
       const int64_t ahead = kRowAhead + (at + kRowAhead < row_bytes ? 0 : (kPanel - 1) * row_bytes);
-      UNROLL for (int r = 0; r < kPanel; r++, from += row_bytes) {
+      for_rows([&](int r) INLINE_LAMBDA {
         v[r] = load_floats((const float *)from);
         prefetch_far(from + ahead, kVector);
-      }
+        from += row_bytes;
+      });
     } else {
       const int64_t left = w.cols - column, count = left < 0 ? 0 : left < kPanel * lanes ? left : kPanel * lanes;
       for (int r = 0; r < kPanel; r++, from += row_bytes) {
@@ -526,14 +534,14 @@ struct FloatRows {
   /* Calls f(i, column i) for all columns that `load` gave. */
   template <class F>
   INLINE_MEMBER void for_columns(const F32 (&v)[kPanel], F f) const {
-    UNROLL for (int i = 0; i < kPanel; i++) {
+    for_rows([&](int i) INLINE_LAMBDA {
       if constexpr (Bits == 32) {
         f(i, v[i]);
       } else {
         f(2 * i, half_lanes<Half, 0>(v[i]));
         f(2 * i + 1, half_lanes<Half, 1>(v[i]));
       }
-    }
+    });
   }
 
   template <int P, int T>
@@ -587,6 +595,16 @@ struct CodeWeights {
     }
   }
 
+  /* The same of all columns of a step. */
+  template <int P, int T>
+  INLINE_MEMBER void add_columns(F32 (&sums)[P][T], const Bytes (&steps)[P], const float *x, int64_t ldx,
+                                 const F32 (&zero)[P]) const {
+    add_column<0>(sums, steps, x, ldx, zero);
+    add_column<1>(sums, steps, x, ldx, zero);
+    add_column<2>(sums, steps, x, ldx, zero);
+    add_column<3>(sums, steps, x, ldx, zero);
+  }
+
   /* Step S of a unit whose vectors are v, for `column`. */
   template <int S>
   static INLINE_MEMBER Bytes step_of(const Bytes (&v)[Bits]) {
@@ -607,11 +625,7 @@ struct CodeWeights {
           if (first_step(Bits, i) == First) v[p][i] = load_bytes(units[p] + i * kVector);
         steps[p] = step_of<First>(v[p]);
       }
-      const float *values = x + First * kStep;
-      add_column<0>(sums, steps, values, ldx, zero);
-      add_column<1>(sums, steps, values, ldx, zero);
-      add_column<2>(sums, steps, values, ldx, zero);
-      add_column<3>(sums, steps, values, ldx, zero);
+      add_columns(sums, steps, x + First * kStep, ldx, zero);
       add_steps<First + 1, Last>(sums, v, units, ahead, x, ldx, zero);
     }
   }
@@ -626,13 +640,26 @@ struct CodeWeights {
       units[p] = panel + u * unit_bytes(Bits) + p * stride;
       __asm__("" : "+r"(units[p])); /* or gcc holds the way from one to the next for every line of them */
     }
-    Bytes v[P][Bits];
-    if (first == 0) add_steps<0, 4>(sums, v, units, ahead, x, ldx, zero);
-    if (last == 4) return;
-    UNROLL for (int p = 0; p < P; p++)
-      UNROLL for (int i = 0; i < Bits; i++)
-        if (first_step(Bits, i) < 4) v[p][i] = load_bytes(units[p] + i * kVector);
-    add_steps<4, 8>(sums, v, units, ahead, x, ldx, zero);
+    if constexpr (kManyRegisters) {
+      Bytes v[P][Bits];
+      if (first == 0) add_steps<0, 4>(sums, v, units, ahead, x, ldx, zero);
+      if (last == 4) return;
+      UNROLL for (int p = 0; p < P; p++)
+        UNROLL for (int i = 0; i < Bits; i++)
+          if (first_step(Bits, i) < 4) v[p][i] = load_bytes(units[p] + i * kVector);
+      add_steps<4, 8>(sums, v, units, ahead, x, ldx, zero);
+    } else {
+      alignas(64) uint8_t bytes[P][kUnit * kPanel];
+      for (int p = 0; p < P; p++) {
+        prefetch(units[p] + ahead, unit_bytes(Bits));
+        unpack_unit<Bits, false>(units[p], bytes[p], Bytes{});
+      }
+      for (int64_t s = first; s < last; s++) {
+        Bytes steps[P];
+        UNROLL for (int p = 0; p < P; p++) steps[p] = load_bytes(bytes[p] + s * kVector);
+        add_columns(sums, steps, x + s * kStep, ldx, zero);
+      }
+    }
   }
 
   /* One unit as float32 columns; the zero points of its two halves may differ. */
