@@ -254,7 +254,7 @@ def test_channels_that_reach_the_threshold_are_not_quantized(rotated):
     assert torch.equal(seen[..., loud], given[..., loud]) and (rotated or loud.sum() == 2)
     quiet = quantize(given.masked_fill(loud, 0).reshape(-1, 256), "int8 | fp32/row").dequantize()
     assert torch.equal(seen[..., ~loud], quiet.reshape(x.shape)[..., ~loud])
-    torch.testing.assert_close(layer.integer_forward(x), layer(x))
+    assert ((layer.integer_forward(x) - layer(x)).abs() <= integer_bound(layer, x)).all()
     assert "outliers" in layer.no_kernel
     layer.resident = "native"  # as "packed", where there is no kernel
     assert layer.implementation == "dequantize"
