@@ -510,10 +510,10 @@ def test_demo_says_what_it_says_in_transformers(demo):
 def test_demo_quantized_says_what_it_says_in_pytorch():
     """With its weights in 6 bits: float32 rounding. With 8-bit activations too, after one block: a
     tenth of what they cost. After thirty: no further apart than two roundings of the same numbers,
-    and with the same loss, within three standard errors of it over the tokens (PyTorch's own moves
-    by 0.02 with its number of threads)."""
+    and with the same loss, over so many tokens that PyTorch's own hardly moves with its number of
+    threads."""
     model = posttrain.load("demo", dtype="float32")
-    ids = model.tokenizer("The city grew from an island in the river, and " * 6)["input_ids"]
+    ids = model.tokenizer("The city grew from an island in the river, and " * 24)["input_ids"]
     layer = LayerPlan(weight=spec("int6 | fp16/g64"))
     replace_linears(model, layer)
     weights_only = expected(model, ids)
@@ -526,9 +526,8 @@ def test_demo_quantized_says_what_it_says_in_pytorch():
     cost = (weights_only - reference).square().mean().sqrt()
     assert (got - reference).square().mean().sqrt() < 2**0.5 * cost
     wanted = torch.tensor(ids[1:])
-    loss = torch.nn.CrossEntropyLoss(reduction="none")
-    apart = loss(got[:-1], wanted) - loss(reference[:-1], wanted)
-    assert apart.mean().abs() < 3 * apart.std() / len(apart) ** 0.5 < 0.1
+    losses = [torch.nn.functional.cross_entropy(x[:-1], wanted) for x in (got, reference)]
+    assert abs(losses[0] - losses[1]) < 0.03
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
     reference = expected(model, ids)
     runner = engine(model)
