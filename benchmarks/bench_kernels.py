@@ -50,8 +50,8 @@ PEAK_SECONDS = 0.01
 NO_AMX = "AVX512_CORE_VNNI"  # what oneDNN is held to, beside ours on the same instructions
 PACKAGES = {"llama.cpp": "llama_cpp_python"}  # where the package is not called as the library is
 
-PER_TOKEN, PER_32, FLOATS = "int8h | fp32/row", "int8h | fp32/g32", "None"
-SAID = {PER_TOKEN: "int8 per token", PER_32: "int8 per 32", FLOATS: "float32"}
+PER_TOKEN, PER_32 = "int8h | fp32/row", "int8h | fp32/g32"
+SAID = {PER_TOKEN: "int8 per token", PER_32: "int8 per 32", None: "float32"}
 SCALES = {8: ("row", "g32"), 6: ("row", "g128", "g64", "g32"), 4: ("g128", "g64", "g32")}
 WEIGHT_ONLY = {
     "W8 row": "int8 | fp32/row",
@@ -110,12 +110,12 @@ def _ours() -> Iterator[Contender]:
             key = weight, str(rule.input), rule.rotate
             name = names.get((*key[:2], False), f"W{rule.weight.grid.bits}A8 {key[:2]}")
             names[key] = f"{name} rotated, {recipe}" if rule.rotate else name
-    names |= {(weight, FLOATS, False): f"{name}, float32" for name, weight in WEIGHT_ONLY.items()}
+    names |= {(weight, None, False): f"{name}, float32" for name, weight in WEIGHT_ONLY.items()}
     best, *others = kernels.isas()
     for (weight, given, rotate), name in names.items():
         options = {"format": weight, "input": given, "rotate": rotate, "isa": best, "decode": "C"}
         made = Contender("posttrain", name, int(name[1]), SAID.get(given, given), options)
-        if given == FLOATS:
+        if given is None:
             yield replace(made, tasks=("decode",))
             continue
         yield made

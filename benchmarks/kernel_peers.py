@@ -100,13 +100,13 @@ class Posttrain(Layer):
     ] = {}  # formats of activations share the packed weights
 
     def pack(
-        self, weight: Tensor, *, format: str, input: str, rotate: bool, isa: str, decode: str
+        self, weight: Tensor, *, format: str, input: str | None, rotate: bool, isa: str, decode: str
     ) -> None:
         from posttrain import kernels
         from posttrain.numbers import Spec, quantize
 
         self.spec = Spec.parse(format)
-        self.input_spec = None if input == "None" else Spec.parse(input)
+        self.input_spec = None if input is None else Spec.parse(input)
         self.input = kernels.InputFormat.of(self.input_spec, rotate)
         self.decode = decode
         self.nbytes = self.spec.stored_bits(weight.shape) // 8

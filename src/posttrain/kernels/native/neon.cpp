@@ -12,7 +12,6 @@ namespace {
 /* 1 panel x 4 tokens: 16 registers of sums, 4 of weights, 4 of activations. */
 static const int kGemvTokens = 4;
 static constexpr TileShape kTile = {1, 4}, kGroupedTile = {1, 4}, kFloatTile = {1, 4};
-static const bool kManyRegisters = false; /* for weights of several panels decoded side by side */
 static const int kRun = kStep; /* columns of a tile's loop at a time */
 static constexpr TileShape kAttentionTile = {2, 2}; /* vectors, queries */
 
@@ -281,14 +280,6 @@ INLINE F32 load_scales(const pt_weight &w, int64_t at) {
   for (int i = 0; i < 16; i++) all[i] = scale_at(w.scales, w.scale_type, at + i);
   return load_floats(all);
 }
-template <int Bits, int J>
-INLINE I32 index_of(Bytes b) { return byte_of<J>(b); }
-template <int Shift>
-INLINE Bytes index_nibbles(Bytes b) { return field<Shift, 4>(b); }
-static const float kByteBias = 0.0f;
-template <int J>
-INLINE F32 biased_byte(Bytes b) { return to_f32(byte_of<J>(b)); }
-static const int kFastTables = 0; /* up to how many bits looking up is faster than arithmetic */
 template <int Bits>
 INLINE FloatTable<Bits> load_table(const float *values) { return {values}; }
 template <int Bits>
@@ -344,6 +335,7 @@ INLINE void encode(const float *x, int64_t count, float scale, const pt_input &i
 }
 }  // namespace
 
+#include "plain_floats.h"
 #include "product.h"
 
 const Kernels *neon_kernels() {

@@ -8,7 +8,6 @@ namespace {
 
 static const int kGemvTokens = 1;
 static constexpr TileShape kTile = {1, 1}, kGroupedTile = {1, 1}, kFloatTile = {1, 1};
-static const bool kManyRegisters = false; /* for weights of several panels decoded side by side */
 static const int kRun = kStep; /* columns of a tile's loop at a time */
 static constexpr TileShape kAttentionTile = {1, 1}; /* vectors, queries */
 
@@ -209,14 +208,6 @@ static inline F32 load_scales(const pt_weight &w, int64_t at) {
   EACH(i, 16) v.at[i] = w.scales ? scale_at(w.scales, w.scale_type, at + i) : 1.0f;
   return v;
 }
-template <int Bits, int J>
-static inline I32 index_of(Bytes b) { return byte_of<J>(b); }
-template <int Shift>
-static inline Bytes index_nibbles(Bytes b) { return field<Shift, 4>(b); }
-static const float kByteBias = 0.0f;
-template <int J>
-static inline F32 biased_byte(Bytes b) { return to_f32(byte_of<J>(b)); }
-static const int kFastTables = 0; /* up to how many bits looking up is faster than arithmetic */
 template <int Bits>
 static inline FloatTable<Bits> load_table(const float *values) { return {values}; }
 template <int Bits>
@@ -245,6 +236,7 @@ static inline void encode(const float *x, int64_t count, float scale, const pt_i
 }
 }  // namespace
 
+#include "plain_floats.h"
 #include "product.h"
 
 const Kernels *portable_kernels() {

@@ -500,11 +500,11 @@ struct FloatRows {
 
   static constexpr int64_t size = Bits / 8, lanes = 4 / size; /* columns that one lane holds */
 
-  /* Written out where 16 vectors stay in registers. */
+  /* f(0) to f(15), written out where as many vectors stay in registers. */
   template <class F>
-  static INLINE_MEMBER void for_rows(F f) {
-    if constexpr (kManyRegisters) UNROLL for (int r = 0; r < kPanel; r++) f(r);
-    else for (int r = 0; r < kPanel; r++) f(r);
+  static INLINE_MEMBER void sixteen_times(F f) {
+    if constexpr (kManyRegisters) UNROLL for (int i = 0; i < kPanel; i++) f(i);
+    else for (int i = 0; i < kPanel; i++) f(i);
   }
 
   /* Columns from `column` on of a panel's rows, v[i] the i-th of them, or with 16 bits the i-th pair;
@@ -515,7 +515,7 @@ struct FloatRows {
     if (panel + kPanel * row_bytes <= end && w.cols - column >= kPanel * lanes) {
       /* Towards its end a row asks for the one of the next panel. */
       const int64_t ahead = kRowAhead + (at + kRowAhead < row_bytes ? 0 : (kPanel - 1) * row_bytes);
-      for_rows([&](int r) INLINE_LAMBDA {
+      sixteen_times([&](int r) INLINE_LAMBDA {
         v[r] = load_floats((const float *)from);
         prefetch_far(from + ahead, kVector);
         from += row_bytes;
@@ -534,7 +534,7 @@ struct FloatRows {
   /* Calls f(i, column i) for all columns that `load` gave. */
   template <class F>
   INLINE_MEMBER void for_columns(const F32 (&v)[kPanel], F f) const {
-    for_rows([&](int i) INLINE_LAMBDA {
+    sixteen_times([&](int i) INLINE_LAMBDA {
       if constexpr (Bits == 32) {
         f(i, v[i]);
       } else {
