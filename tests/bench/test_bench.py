@@ -14,6 +14,7 @@ from posttrain.bench import contenders, ctranslate2_peer, gguf_peer
 from posttrain.bench.process import Worker
 from posttrain.cli.main import main
 from posttrain.errors import UserError
+from posttrain.lm.engine import losses_of
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.find().reason)
 llama_cpp = pytest.mark.skipif(
@@ -82,16 +83,13 @@ def test_contenders_compute_what_the_model_says(small, name):
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]))
-    parts = (
-        contender.engine.window_logits(torch.tensor([ids]), len(ids), 7)
-        if name == "posttrain"
-        else iter(logits.split(7))
-    )
-    contenders.ROWS, rows = 7, contenders.ROWS
-    try:
-        assert abs(contenders._losses(parts, ids).mean() - expected) < 1e-3
-    finally:
-        contenders.ROWS = rows
+    window = torch.tensor([ids])
+    if name == "posttrain":
+        losses = contender.engine.window_losses(window, len(ids), 7)
+    else:
+        losses = losses_of(iter(logits.split(7)), window, len(ids), 7)
+    assert abs(losses.mean() - expected) < 1e-3
+    assert contender.run("score", 30) > 0
     assert contender.run("decode", 2) > 0
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 import posttrain
 from posttrain import kernels
@@ -79,9 +80,9 @@ CASES = {
 }  # fmt: skip
 
 
-def build(case, seed=0):
+def build(case, seed=0, **more):
     family, options = CASES[case]
-    config = getattr(transformers, f"{family}Config")(**(SMALL | options))
+    config = getattr(transformers, f"{family}Config")(**(SMALL | options | more))
     model_class = family.replace("Gemma3Text", "Gemma3") + "ForCausalLM"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -248,6 +249,10 @@ def test_both_engines_keep_the_same_cache(case, kv):
     assert (torch.cat(parts) - theirs).square().mean().sqrt() < 0.2 * cost
     for found, logits in ((runner, ours), (plain, theirs)):
         close(torch.cat(list(found.window_logits(window, 40, 7))), logits[:-1])
+        close(
+            found.window_losses(window, 40, 7),
+            cross_entropy(logits[:-1], window[0, 1:], reduction="none"),
+        )
 
 
 def test_a_format_without_a_kernel_is_kept_by_pytorch_and_says_so():
@@ -335,6 +340,45 @@ def test_all_at_once_is_step_by_step_and_side_by_side(mixed, cache):
     together = mixed.forward([(mixed.memory(16, cache), text) for text in texts], keep=None)
     assert torch.equal(torch.cat(alone), together)
     assert torch.equal(torch.cat(steps), together)
+
+
+@pytest.mark.parametrize(
+    "case", ["llama", "granite", "gemma2"]
+)  # logits as they are, scaled, capped
+@pytest.mark.parametrize(
+    "weight, inputs",
+    [
+        (None, None),
+        ("int8 | fp16/g32", "int8h | fp32/g32"),
+        ("int3z | fp16/g16", "int8h | fp32/row"),
+        ("int6 | fp32/row", "int8h | fp32/row"),
+        ("nf4 | fp16/g16", None),
+    ],
+)
+def test_losses_are_those_of_the_logits_to_the_bit(case, weight, inputs, default_kernels):
+    """Though they are taken from a part of the vocabulary at a time."""
+    model = build(case, vocab_size=2100)
+    if weight is not None:
+        layer = LayerPlan(weight=spec(weight), input=inputs and spec(inputs))
+        q = quantize(model.lm_head.weight, layer.weight)
+        model.set_submodule("lm_head", QuantLinear.from_qtensor(q, layer, None))
+    native, generator = decoder(model), torch.Generator().manual_seed(5)
+    for rows in (0, 1, 8, 9, 70, 600):
+        hidden = torch.randn(rows, 48, generator=generator) * 3
+        targets = torch.randint(0, 2100, (rows,), generator=generator)
+        targets[:2] = torch.tensor([2099, 0])[: len(targets[:2])]
+        if rows == 9:
+            hidden[4, 3] = torch.nan
+        for isa in kernels.isas():
+            kernels.use(isa)
+            kernels.set_threads(1 + rows % 2)
+            logits = native.logits(hidden)
+            wanted = kernels.log_partition(logits) - logits.gather(-1, targets[:, None])[:, 0]
+            torch.testing.assert_close(
+                native.losses(hidden, targets), wanted, rtol=0, atol=0, equal_nan=True
+            )
+    with pytest.raises(UserError, match="losses of 1 rows"):
+        native.losses(hidden[:1], torch.tensor([2100]))
 
 
 SAMPLINGS = [

@@ -11,7 +11,6 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +102,7 @@ class Posttrain(Contender):
             text += self.engine.step([(session, text[-1:])], [greedy], [text])
 
     def score(self, tokens: list[int]) -> None:
-        _losses(self.engine.window_logits(torch.tensor([tokens]), len(tokens), ROWS), tokens)
+        self.engine.window_losses(torch.tensor([tokens]), len(tokens), ROWS)
 
     def describe(self) -> dict[str, Any]:
         found = self.model.posttrain
@@ -140,8 +139,11 @@ class Transformers(Contender):
 
     @torch.inference_mode()
     def score(self, tokens: list[int]) -> None:
-        logits = self.model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, :-1]
-        _losses(iter(logits.split(ROWS)), tokens)
+        from posttrain.lm.engine import losses_of
+
+        window = torch.tensor([tokens])
+        logits = self.model(input_ids=window, use_cache=False).logits[0, :-1]
+        losses_of(iter(logits.split(ROWS)), window, len(tokens), ROWS)
 
     def describe(self) -> dict[str, Any]:
         from posttrain.models.load import count_parameters
@@ -273,16 +275,6 @@ def _llama_features(info: str) -> str:
     """What llama.cpp was built with, from "CPU : AVX2 = 1 | AVX512 = 1 | ..."."""
     switched = [part.split("=") for part in info.split(":")[-1].split("|") if "=" in part]
     return "llama.cpp " + " ".join(name.strip() for name, on in switched if on.strip() == "1")
-
-
-def _losses(parts: Iterator[torch.Tensor], tokens: list[int]) -> torch.Tensor:
-    """Negative log-likelihood of each token after the first, as `evaluate` computes it."""
-    wanted = torch.tensor(tokens[1:])[:, None].split(ROWS)
-    losses = [
-        kernels.log_partition(rows) - rows.gather(-1, index)[:, 0]
-        for rows, index in zip(parts, wanted, strict=True)
-    ]
-    return torch.cat(losses)
 
 
 def _linear_weights(model: Any) -> int:

@@ -2,7 +2,8 @@
 
 Logits are the largest thing here (a window of 512 tokens and 150,000 words of vocabulary is
 300 MB), so they exist for one batch of one model at a time, plus the reference's, and
-everything computed from them goes through in chunks of rows that fit the cache.
+everything computed from them goes through in chunks of rows that fit the cache. Where losses alone
+are wanted, the native decoder never writes them at all.
 """
 
 import time
@@ -70,10 +71,29 @@ class Scorer:
         tokens = self.windows.tokens[batch.start : batch.stop].to(self.model.device)
         assert self.runner is not None
         rows = max(1, CHUNK_BYTES // (4 * vocabulary(self.model)))
-        targeted = [part for row in tokens[:, batch.first :] for part in row.split(rows)]
         count = tokens.shape[1] - batch.first + 1  # the last position predicts nothing here
-        chunks = self.runner.window_logits(tokens, count, rows)
+        kept: list[Target] = []
+        if targets is None and keep is None:
+            scored = self.runner.window_losses(tokens, count, rows)[None]
+        else:
+            scored, kept = self._with_logits(tokens, count, rows, targets, keep)
+        self._store(batch, scored.cpu())
+        self._seconds += time.perf_counter() - began
+        return kept
+
+    def _with_logits(
+        self,
+        tokens: torch.Tensor,
+        count: int,
+        rows: int,
+        targets: list[Target] | None,
+        keep: Keep | None,
+    ) -> tuple[torch.Tensor, list[Target]]:
+        """What `_store` wants, and what `keep` does."""
+        assert self.runner is not None
+        targeted = [part for row in tokens[:, 1 - count :] for part in row.split(rows)]
         kept, parts = [], []
+        chunks = self.runner.window_logits(tokens, count, rows)
         for i, (chunk, wanted) in enumerate(zip(chunks, targeted, strict=True)):
             log_partition = kernels.log_partition(chunk)
             scored = [log_partition - chunk.gather(-1, wanted[:, None])[:, 0]]
@@ -83,9 +103,7 @@ class Scorer:
             parts.append(torch.stack(scored))
             if keep is not None:
                 kept.append(keep(chunk, log_partition))
-        self._store(batch, torch.cat(parts, dim=1).cpu())
-        self._seconds += time.perf_counter() - began
-        return kept
+        return torch.cat(parts, dim=1), kept
 
     def scores(self) -> Scores:
         return Scores(**self._values, seconds=self._seconds)

@@ -230,6 +230,21 @@ class Decoder:
         library.check(status, f"the head of {len(rows)} rows")
         return logits
 
+    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """-log of the probability of int `targets` [rows] after rows that `hidden` gave: float32
+        [rows], without all logits ever in memory. Raises UserError for a target that is no token."""
+        losses = torch.empty(len(hidden))
+        rows, wanted = hidden.contiguous(), targets.int().contiguous()
+        status = library.native().pt_losses(
+            ctypes.byref(self._model),
+            rows.data_ptr(),
+            wanted.data_ptr(),
+            len(rows),
+            losses.data_ptr(),
+        )
+        library.check(status, f"losses of {len(rows)} rows, targets {list(targets.shape)}")
+        return losses
+
     def step(
         self, feeds: Feeds, samplings: Sequence[Sampling], texts: Sequence[Sequence[int]]
     ) -> list[int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from posttrain.errors import UserError
 
-ABI = 7
+ABI = 8
 LIBRARY = Path(__file__).with_name("_native.so")
 BUILD = "python -m posttrain.kernels.build"
 STAGES = {"integer": 0, "lookup": 1, "table": 2, "float": 3, "rows": 4}
@@ -161,6 +161,7 @@ _SIGNATURES = {
     "pt_forward": (_i32, [_model, _memories, _i32, _pointer, _pointer, _i32, _pointer, _pointer]),
     "pt_step": (_i32, [_model, _memories, _i32, _pointer, _draws, _pointer]),
     "pt_head": (_i32, [_model, _pointer, _i64, _pointer]),
+    "pt_losses": (_i32, [_model, _pointer, _pointer, _i64, _pointer]),
     "pt_log_partition": (_i32, [_pointer, _i64, _i32, _pointer]),
     "pt_round_columns": (_i32, [_columns, _pointer, _pointer, _pointer]),
     "pt_descend_columns": (_i32, [_columns, _pointer, _pointer, _pointer, _pointer]),

@@ -65,6 +65,11 @@ class Engine(Protocol):
         parts of at most `rows` rows: all of them at once would take more time to write than to
         compute."""
 
+    def window_losses(self, windows: Tensor, count: int, rows: int) -> Tensor:
+        """-log of the probability of the last `count` - 1 tokens of each of `windows` [batch,
+        window]: float32 [batch * (count - 1)]. `rows` as in `window_logits`, where logits are
+        written at all."""
+
 
 class NativeEngine:
     """The native decoder of a model. Raises UserError for a `kv` that it cannot keep."""
@@ -101,6 +106,14 @@ class NativeEngine:
             session = self.session(len(window), "fp32")
             hidden = self.decoder.hidden([(session, window.tolist())], count)[:-1]
             yield from map(self.decoder.logits, hidden.split(rows))
+
+    def window_losses(self, windows: Tensor, count: int, rows: int) -> Tensor:
+        losses = []
+        for window in windows:
+            session = self.session(len(window), "fp32")
+            hidden = self.decoder.hidden([(session, window.tolist())], count)[:-1]
+            losses.append(self.decoder.losses(hidden, window[len(window) - count + 1 :]))
+        return torch.cat(losses)
 
 
 class TorchSession:
@@ -173,6 +186,20 @@ class TorchEngine:
             cache.check_used(self.model)
         for window in logits:
             yield from (part.float() for part in window.split(rows))
+
+    def window_losses(self, windows: Tensor, count: int, rows: int) -> Tensor:
+        return losses_of(self.window_logits(windows, count, rows), windows, count, rows)
+
+
+def losses_of(logits: Iterator[Tensor], windows: Tensor, count: int, rows: int) -> Tensor:
+    """`Engine.window_losses` from what `Engine.window_logits` gives."""
+    targets = windows[:, windows.shape[1] - count + 1 :]
+    wanted = [part for window in targets for part in window.split(rows)]
+    losses = [
+        kernels.log_partition(part) - part.gather(-1, tokens[:, None])[:, 0]
+        for part, tokens in zip(logits, wanted, strict=True)
+    ]
+    return torch.cat(losses)
 
 
 def last_logits(model: Any, ids: Tensor, count: int, **options: Any) -> Tensor:

@@ -55,51 +55,19 @@ void make_signed(const Codes &from, int64_t panels, int64_t bytes, int32_t middl
     }
 }
 
-/* One block of columns on its way through the tiles. */
-struct Work {
-  const Product &product;
-  Codes codes; /* signed, but for those of a single segment */
-  const int8_t *activations_of_block;
-  int64_t begin, end, step;
-  bool first, last;
-
-  const uint8_t *weights(int64_t p, int64_t column) const {
-    return codes.first + p * codes.stride + (column - begin) * kPanel;
-  }
-  const int8_t *activations(int64_t token, int64_t column) const {
-    return activations_of_block + token * product.x.stride + column - begin;
-  }
+/* A block of columns x 2 panels x 32 tokens. */
+struct Pass {
+  const uint8_t *weights[2]; /* of `panel` and the next one; of `panel` twice where it is the last */
+  const int8_t *activations; /* of `token` */
+  int64_t columns, segment;  /* so many; the first segment */
+  int64_t panel, panels, token, tokens; /* panels, tokens: that are left */
+  bool first, last; /* of a row's blocks */
+  Sums *carried;    /* integer sums of a single segment */
+  float *floats;    /* of several: what those before came to; both tile by tile */
+  const float *scales; /* of several, [segment][panels of a block][16] */
 };
 
-/* floats = fma(float(sums - zero * x sums), scale, floats) for 16 tokens of a panel, as
- * end_segment does. `Zeros`: the codes in the tiles were not those less their zero points. */
-template <bool TokenScales, bool Zeros>
-INLINE void add_segment(const Product &product, int64_t panel, int64_t token, int64_t segment,
-                        const Sums &sums, float *floats) {
-  const pt_weight &w = *product.weight;
-  const Activations &x = product.x;
-  const int64_t group = x.segments_per_group == 1 ? segment : segment / x.segments_per_group;
-  const int64_t at = (panel * x.weight_groups + group) * kPanel;
-  const F32 scale = load_scales(w, at);
-  const int32_t *x_sums = x.sums + token * x.segments + segment;
-  const int64_t x_group = x.segments_per_scale == 1 ? segment : segment / x.segments_per_scale;
-  const float *x_scales = x.scales + token * x.scale_groups + (TokenScales ? x_group : 0);
-  UNROLL for (int t = 0; t < kSide; t++, floats += kPanel) {
-    I32 sum = {_mm512_load_si512(sums[t])};
-    if constexpr (Zeros) {
-      /* Unsigned, which may overflow: those beyond the last token are whatever lay there. */
-      const uint32_t off = (uint32_t)(middle_of(product) - w.zero) * (uint32_t)x_sums[t * x.segments];
-      sum = add(sum, set_i32((int32_t)off));
-      if (w.zeros) sum = subtract_product(sum, w.zeros + at, x_sums[t * x.segments]);
-    }
-    F32 factor = scale;
-    if constexpr (TokenScales) factor = mul(scale, set_f32(x_scales[t * x.scale_groups]));
-    const F32 before = {_mm512_load_ps(floats)};
-    _mm512_store_ps(floats, fma(to_f32(sum), factor, before).v);
-  }
-}
-
-/* The memory that a block is written to, asked for a part at every step: all at once, its many lines
+/* The memory that a result is written to, asked for a part at every step: all at once, its many lines
  * are waited for. */
 struct Output {
   const uint8_t *at;
@@ -110,159 +78,248 @@ struct Output {
   }
 };
 
-/* Panels p and p + 1 (or p alone, twice) x 32 tokens x a block of columns. */
-struct Tiles {
-  const Work &work;
-  int64_t p, second, token;
-  const int64_t ldx = work.product.x.stride;
+/* What scales the sums of a segment, 16 tokens x 16 rows, in the same order as everywhere:
+ * added(t, floats) = fma(float(sums - zero * x sums), scale, floats), as end_segment has it. `Zeros`: the
+ * codes in the tiles were not those less their zero points. */
+template <bool TokenScales, bool Zeros>
+struct Scaling {
+  const Sums &sums;
+  F32 scale;
+  const float *x_scales; /* of the first token; from one to the next */
+  int64_t x_scales_stride;
+  const int32_t *x_sums;
+  int64_t x_sums_stride;
+  uint32_t middle; /* less the zero point */
+  const uint8_t *zeros;
 
-  /* Asks for 8 rows of activations of a later column, or of the 32 tokens that follow: the 16 lines
-   * that a tile needs are too far apart for the processor to see them coming. */
-  INLINE_MEMBER void fetch(int64_t row, int64_t column) const {
-    const bool here = column < work.end;
-    const int8_t *from = work.activations(token + row + (here ? 0 : kTokens),
-                                          here ? column : column - (work.end - work.begin));
-    UNROLL for (int i = 0; i < 8; i++) _mm_prefetch((const char *)from + i * ldx, _MM_HINT_T0);
-  }
-
-  /* Tiles 0-3 += the products of columns [begin, end), whose codes are signed or not. */
-  INLINE_MEMBER void add_signed(int64_t begin, int64_t end) const {
-    for (int64_t k = begin; k < end; k += work.step) {
-      _tile_loadd(6, work.weights(p, k), kVector);
-      _tile_loadd(4, work.activations(token, k), ldx);
-      _tile_dpbssd(0, 4, 6);
-      _tile_loadd(5, work.activations(token + kSide, k), ldx);
-      _tile_dpbssd(1, 5, 6);
-      _tile_loadd(7, work.weights(second, k), kVector);
-      _tile_dpbssd(2, 4, 7);
-      _tile_dpbssd(3, 5, 7);
+  INLINE_MEMBER Scaling(const Product &product, int64_t panel, int64_t token, int64_t segment, const Sums &sums,
+                        F32 scale)
+      : sums(sums), scale(scale) {
+    const pt_weight &w = *product.weight;
+    const Activations &x = product.x;
+    if constexpr (TokenScales) {
+      x_scales_stride = x.scale_groups;
+      x_scales = x.scales + token * x_scales_stride + quotient(segment, x.segments_per_scale);
     }
-  }
-  INLINE_MEMBER void add_unsigned(int64_t begin, int64_t end, Output &output) const {
-    for (int64_t k = begin; k < end; k += work.step) {
-      output.ask();
-      _tile_loadd(6, work.weights(p, k), kVector);
-      _tile_loadd(4, work.activations(token, k), ldx);
-      _tile_dpbsud(0, 4, 6);
-      fetch(0, k + kAheadColumns), fetch(8, k + kAheadColumns);
-      _tile_loadd(5, work.activations(token + kSide, k), ldx);
-      _tile_dpbsud(1, 5, 6);
-      fetch(16, k + kAheadColumns), fetch(24, k + kAheadColumns);
-      _tile_loadd(7, work.weights(second, k), kVector);
-      _tile_dpbsud(2, 4, 7);
-      _tile_dpbsud(3, 5, 7);
+    if constexpr (Zeros) {
+      x_sums_stride = x.segments;
+      x_sums = x.sums + token * x_sums_stride + segment;
+      middle = (uint32_t)(middle_of(product) - w.zero);
+      zeros = nullptr;
+      if (w.zeros) zeros = w.zeros + (panel * x.weight_groups + quotient(segment, x.segments_per_group)) * kPanel;
     }
   }
 
-  /* One segment, its sums carried from block to block. */
-  void add_row(Sums *carried, Output &output) const {
-    if (work.first) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-    } else {
-      _tile_loadd(0, carried[0], kVector);
-      _tile_loadd(1, carried[1], kVector);
-      _tile_loadd(2, carried[2], kVector);
-      _tile_loadd(3, carried[3], kVector);
+  INLINE_MEMBER F32 added(int64_t t, F32 floats) const {
+    I32 sum = {_mm512_load_si512(sums[t])};
+    if constexpr (Zeros) {
+      /* Unsigned, which may overflow: those beyond the last token are whatever lay there. */
+      sum = add(sum, set_i32((int32_t)(middle * (uint32_t)x_sums[t * x_sums_stride])));
+      if (zeros) sum = subtract_product(sum, zeros, x_sums[t * x_sums_stride]);
     }
-    add_unsigned(work.begin, work.end, output);
-    _tile_stored(0, carried[0], kVector);
-    _tile_stored(1, carried[1], kVector);
-    _tile_stored(2, carried[2], kVector);
-    _tile_stored(3, carried[3], kVector);
-  }
-
-  /* Several segments. Each tile is emptied just before the next segment needs it, and its sums are
-   * scaled, by scale(tile, segment, sums), while that one is multiplied: twice as fast as in turn. */
-  template <class F>
-  INLINE_MEMBER void add_segments(int64_t segment, Output &output, F scale) const {
-    alignas(64) Sums sums[4];
-    for (int64_t before = -1, k = work.begin;; before = segment++, k += work.product.x.segment) {
-      const bool more = k < work.end, done = before >= 0;
-      output.ask();
-      if (done) _tile_stored(0, sums[0], kVector);
-      if (more) {
-        _tile_zero(0);
-        _tile_loadd(6, work.weights(p, k), kVector);
-        _tile_loadd(4, work.activations(token, k), ldx);
-        _tile_dpbssd(0, 4, 6);
-      }
-      if (done) scale(0, before, sums[0]);
-      if (done) _tile_stored(1, sums[1], kVector);
-      if (more) {
-        _tile_zero(1);
-        _tile_loadd(5, work.activations(token + kSide, k), ldx);
-        _tile_dpbssd(1, 5, 6);
-      }
-      if (done) scale(1, before, sums[1]);
-      if (done) _tile_stored(2, sums[2], kVector);
-      if (more) {
-        _tile_zero(2);
-        _tile_loadd(7, work.weights(second, k), kVector);
-        _tile_dpbssd(2, 4, 7);
-      }
-      if (done) scale(2, before, sums[2]);
-      if (done) _tile_stored(3, sums[3], kVector);
-      if (more) {
-        _tile_zero(3);
-        _tile_dpbssd(3, 5, 7);
-      }
-      if (done) scale(3, before, sums[3]);
-      if (!more) return;
-      const int64_t end = k + work.product.x.segment;
-      add_signed(k + work.step, end < work.end ? end : work.end);
-    }
+    F32 factor = scale;
+    if constexpr (TokenScales) factor = mul(scale, set_f32(x_scales[t * x_scales_stride]));
+    return fma(to_f32(sum), factor, floats);
   }
 };
 
-/* As write_tile, for tokens one after the other. */
-void write_rows(const Product &product, int64_t panel, int64_t token, int64_t tokens, const float *floats) {
+/* The sums of the first or the last segment, of tile `i`: none came before, or the result is due,
+ * y = fma(floats, token scale, bias), as write_tile has it. */
+template <bool TokenScales, bool Zeros>
+void end_tile(const Product &product, const Pass &pass, int64_t segment, int64_t i, const Sums &sums) {
   const pt_weight &w = *product.weight;
   const Activations &x = product.x;
+  const bool first = segment == 0, last = segment == x.segments - 1;
+  const int64_t panel = pass.panel + i / 2, token = pass.token + i % 2 * kSide, left = pass.tokens - i % 2 * kSide;
+  if (i / 2 >= pass.panels || left <= 0) return;
+  const int64_t at = (panel * x.weight_groups + quotient(segment, x.segments_per_group)) * kPanel;
+  const Scaling<TokenScales, Zeros> scaling(product, panel, token, segment, sums, load_scales(w, at));
+  float *floats = pass.floats + i * kSide * kPanel;
+  if (!last) {
+    UNROLL for (int t = 0; t < kSide; t++) _mm512_store_ps(floats + t * kPanel, scaling.added(t, set_f32(0.0f)).v);
+    return;
+  }
   const int64_t row = panel * kPanel, count = w.rows - row < kPanel ? w.rows - row : kPanel;
   const F32 bias = w.bias ? load_some(w.bias + row, count) : set_f32(0.0f);
   const float *scales = x.scale_groups == 1 ? x.scales + token : nullptr;
-  const float multiplier = w.multiplier;
   float *y = product.y + token * product.ldy + row;
-  for (int64_t t = 0; t < tokens; t++, y += product.ldy, floats += kPanel) {
-    const float scale = scales ? scales[t] * multiplier : multiplier;
-    store_some(y, fma(load_floats(floats), set_f32(scale), bias), count);
+  for (int64_t t = 0; t < left && t < kSide; t++, y += product.ldy) {
+    const float token_scale = scales ? scales[t] * w.multiplier : w.multiplier;
+    const F32 before = first ? set_f32(0.0f) : F32{_mm512_load_ps(floats + t * kPanel)};
+    store_some(y, fma(scaling.added(t, before), set_f32(token_scale), bias), count);
   }
 }
 
-/* `carried`: integer sums of a single segment, floats of several; [panel][32 tokens][16]. */
-template <bool TokenScales, bool Zeros>
-void multiply_block(const Work &work, int64_t p, int64_t panels, int64_t panel, int64_t token,
-                    int64_t tokens, float *carried) {
-  const Product &product = work.product;
+/* The passes of a share, one after the other. Each tile of sums is emptied just before the next segment
+ * needs it, and scaled while that one is multiplied: twice as fast as in turn. `Rows`: a row is a
+ * single segment, its codes unsigned. */
+#define MULTIPLY(sums, activations, weights)                      \
+  do {                                                            \
+    if constexpr (Rows) _tile_dpbsud(sums, activations, weights); \
+    else _tile_dpbssd(sums, activations, weights);                \
+  } while (0)
+
+template <bool Rows, bool TokenScales, bool Zeros>
+class Passes {
+ public:
+  Passes(const Product &product, int64_t step) : product_(product), step_(step) {}
+
+  float *floats() { return floats_; }
+
+  void multiply(const Pass &pass, Output &output) {
+    const int64_t length = Rows ? pass.columns : product_.x.segment, ldx = product_.x.stride;
+    const Pass *before = &done_;
+    int64_t segment = pass.segment;
+    const uint8_t *first = pass.weights[0], *second = pass.weights[1];
+    const int8_t *x = pass.activations;
+    const float *scales = pass.scales;
+    for (int64_t begin = 0; begin < pass.columns; begin += length, segment++) {
+      advance<true>(*before, &pass, first, second, x, output);
+      if (before == &done_) done_ = pass, before = &pass;
+      segment_ = segment, scales_ = scales, any_ = true;
+      scales += kPanels * kPanel;
+      first += step_ * kPanel, second += step_ * kPanel, x += step_;
+      const int64_t end = begin + length < pass.columns ? begin + length : pass.columns;
+      for (int64_t k = begin + step_; k < end; k += step_) {
+        output.ask();
+        _tile_loadd(6, first, kVector);
+        _tile_loadd(4, x, ldx);
+        MULTIPLY(0, 4, 6);
+        if (Rows) fetch(pass, 0, k + kAheadColumns), fetch(pass, 8, k + kAheadColumns);
+        _tile_loadd(5, x + kSide * ldx, ldx);
+        MULTIPLY(1, 5, 6);
+        if (Rows) fetch(pass, 16, k + kAheadColumns), fetch(pass, 24, k + kAheadColumns);
+        _tile_loadd(7, second, kVector);
+        MULTIPLY(2, 4, 7);
+        MULTIPLY(3, 5, 7);
+        first += step_ * kPanel, second += step_ * kPanel, x += step_;
+      }
+    }
+  }
+
+  void finish() {
+    Output none{};
+    advance<false>(done_, nullptr, nullptr, nullptr, nullptr, none);
+    any_ = false;
+  }
+
+ private:
+  /* Tiles 0-3 begin with the products of the first columns of a segment; what they held goes where it
+   * belongs. */
+  template <bool More>
+  INLINE_MEMBER void advance(const Pass &before, const Pass *next, const uint8_t *first, const uint8_t *second,
+                             const int8_t *x, Output &output) {
+    const int64_t ldx = product_.x.stride;
+    const bool done = any_, ends = Rows ? before.last : segment_ == 0 || segment_ == product_.x.segments - 1;
+    const Sums *carried = More && Rows && !next->first ? next->carried : nullptr;
+    Sums *sums = Rows && !before.last ? before.carried : sums_;
+    float *floats = before.floats;
+    const F32 scale0 = Rows || !done ? F32{} : load_floats(scales_);
+    const F32 scale1 = Rows || !done ? F32{} : load_floats(scales_ + kPanel);
+    auto finish = [&](int64_t i) INLINE_LAMBDA {
+      if (ends) return end_tile<TokenScales, Zeros>(product_, before, segment_, i, sums[i]);
+      if (Rows) return;
+      const Scaling<TokenScales, Zeros> scaling(product_, before.panel + (before.panels > 1 ? i / 2 : 0),
+                                                before.token + i % 2 * kSide, segment_, sums[i], i < 2 ? scale0 : scale1);
+      float *at = floats + i * kSide * kPanel;
+      UNROLL for (int t = 0; t < kSide; t++, at += kPanel)
+        _mm512_store_ps(at, scaling.added(t, {_mm512_load_ps(at)}).v);
+    };
+    output.ask();
+    if (done) _tile_stored(0, sums[0], kVector);
+    if constexpr (More) {
+      if (carried) _tile_loadd(0, carried[0], kVector);
+      else _tile_zero(0);
+      _tile_loadd(6, first, kVector);
+      _tile_loadd(4, x, ldx);
+      MULTIPLY(0, 4, 6);
+    }
+    if (done) {
+      finish(0);
+      _tile_stored(1, sums[1], kVector);
+    }
+    if constexpr (More) {
+      if (carried) _tile_loadd(1, carried[1], kVector);
+      else _tile_zero(1);
+      _tile_loadd(5, x + kSide * ldx, ldx);
+      MULTIPLY(1, 5, 6);
+    }
+    if (done) {
+      finish(1);
+      _tile_stored(2, sums[2], kVector);
+    }
+    if constexpr (More) {
+      if (carried) _tile_loadd(2, carried[2], kVector);
+      else _tile_zero(2);
+      _tile_loadd(7, second, kVector);
+      MULTIPLY(2, 4, 7);
+    }
+    if (done) {
+      finish(2);
+      _tile_stored(3, sums[3], kVector);
+    }
+    if constexpr (More) {
+      if (carried) _tile_loadd(3, carried[3], kVector);
+      else _tile_zero(3);
+      MULTIPLY(3, 5, 7);
+    }
+    if (done) finish(3);
+  }
+
+  /* Asks for 8 rows of activations of a later column, or of the 32 tokens that follow: the 16 lines
+   * that a tile needs are too far apart for the processor to see them coming. */
+  INLINE_MEMBER void fetch(const Pass &pass, int64_t row, int64_t column) const {
+    if (column >= pass.columns) row += kTokens, column -= pass.columns;
+    const int8_t *from = pass.activations + row * product_.x.stride + column;
+    UNROLL for (int i = 0; i < 8; i++) _mm_prefetch((const char *)from + i * product_.x.stride, _MM_HINT_T0);
+  }
+
+  const Product &product_;
+  const int64_t step_; /* columns of a tile */
+  bool any_ = false;
+  /* What the tiles hold: */
+  Pass done_{};
+  int64_t segment_ = 0;
+  const float *scales_ = nullptr;
+  alignas(64) Sums sums_[4];
+  alignas(64) float floats_[4 * kSide * kPanel];
+};
+
+template <bool Rows, bool TokenScales, bool Zeros>
+void multiply(const Product &product, const Share &share, int64_t step, uint8_t *scratch) {
+  const pt_weight &w = *product.weight;
   const Activations &x = product.x;
-  const Tiles tiles{work, p, panels > 1 ? p + 1 : p, token};
-  const int64_t count = panels > 1 ? 4 : 2;
-  alignas(64) float row[4 * kSide * kPanel];
-  float *floats = x.segments == 1 || (work.first && work.last) ? row : carried;
-  if (x.segments == 1 ? work.last : work.first) memset(floats, 0, sizeof row);
-  auto scale = [&](int64_t i, int64_t segment, const Sums &sums) INLINE_LAMBDA {
-    add_segment<TokenScales, Zeros>(product, panel + (i < count ? i / 2 : 0), token + i % 2 * kSide, segment,
-                                    sums, floats + i * kSide * kPanel);
-  };
-  const int64_t steps = ceil_div(work.end - work.begin, x.segments == 1 ? work.step : x.segment);
-  const float *y = product.y + token * product.ldy + panel * kPanel;
-  Output output{(const uint8_t *)y, product.ldy * (int64_t)sizeof(float),
-                !work.last ? 0 : tokens < kTokens ? tokens : kTokens, ceil_div(kTokens, steps)};
-  if (x.segments == 1) {
-    tiles.add_row((Sums *)carried, output);
-    if (!work.last) return;
-    for (int64_t i = 0; i < count; i++) scale(i, 0, ((Sums *)carried)[i]);
-  } else {
-    tiles.add_segments(work.begin / x.segment, output, scale);
-    if (!work.last) return;
-  }
-  for (int64_t i = 0; i < count; i++) {
-    const int64_t from = i % 2 * kSide, left = tokens - from;
-    write_rows(product, panel + i / 2, token + from, left < kSide ? left : kSide, floats + i * kSide * kPanel);
-  }
+  const Kernels &vectors = *avx512_kernels();
+  const int64_t cols = padded(w.cols), blocks = ceil_div(share.token_end - share.token, kTokens);
+  const Share whole{share.panel, share.panel_end, 0, blocks * kTokens}; /* for the sums of all tiles */
+  float *scales = (float *)(scratch + panel_bytes(x.block, 8) * kPanels);
+  float *sums = scales + scales_of_block(x, kPanels);
+  Passes<Rows, TokenScales, Zeros> passes(product, step);
+  for_blocks(product, whole, kPanels, blocks * (kPanels / 2), sums,
+             [&](const Block &block, Ahead &ahead, float *carried) {
+    const int64_t panels = block.panel_end - block.panel, columns = block.end - block.begin;
+    const bool first = block.begin == 0, last = block.end == cols;
+    Codes codes = vectors.unpack(w, block, scratch);
+    if (!Rows) {
+      passes.finish(); /* with the scales of the block before */
+      make_signed(codes, panels, panel_bytes(columns, 8), middle_of(product), scratch);
+      codes = {scratch, panel_bytes(columns, 8)};
+      expand_scales(product, {block.panel, block.panel + kPanels, block.begin, block.end}, scales);
+    }
+    const uint8_t *second = codes.first + (panels > 1 ? codes.stride : 0);
+    for (int64_t token = share.token; token < share.token_end; token += kTokens, carried += kPanels * kTokens * kPanel) {
+      ahead.step();
+      const int64_t tokens = share.token_end - token < kTokens ? share.token_end - token : kTokens;
+      float *y = product.y + token * product.ldy + block.panel * kPanel;
+      Output output{(const uint8_t *)y, product.ldy * (int64_t)sizeof(float), last ? tokens : 0,
+                    ceil_div(kTokens, ceil_div(columns, step))};
+      passes.multiply({{codes.first, second}, x.codes_at(token, block.begin), columns,
+                       Rows ? 0 : block.begin / x.segment, block.panel, panels, token, tokens, first, last,
+                       (Sums *)carried, first && last ? passes.floats() : carried, scales},
+                      output);
+    }
+  });
+  passes.finish();
 }
 
 /* Half units are too short for a tile, floats no codes: vectors multiply them, in shares of their own. */
@@ -275,32 +332,15 @@ TileShape amx_tile(const Product &product) {
 void amx_gemm(const Product &product, const Share &share, uint8_t *scratch) {
   const pt_weight &w = *product.weight;
   const Activations &x = product.x;
-  const Kernels &vectors = *avx512_kernels();
-  if (!on_tiles(product)) return vectors.gemm(product, share, scratch);
-  const int64_t cols = padded(w.cols), step = x.segment % 64 || cols % 64 ? kUnit : 64;
+  if (!on_tiles(product)) return avx512_kernels()->gemm(product, share, scratch);
+  const int64_t step = x.segment % 64 || padded(w.cols) % 64 ? kUnit : 64;
   const bool zeros = w.zeros || w.zero != middle_of(product), scales = x.scale_groups > 1;
-  auto multiply = scales ? zeros ? multiply_block<true, true> : multiply_block<true, false>
-                         : zeros ? multiply_block<false, true> : multiply_block<false, false>;
   configure(step);
-  const int64_t blocks = ceil_div(share.token_end - share.token, kTokens);
-  const Share whole{share.panel, share.panel_end, 0, blocks * kTokens}; /* for the sums of all tiles */
-  float *sums = (float *)(scratch + panel_bytes(x.block, 8) * kPanels);
-  for_blocks(product, whole, kPanels, blocks * (kPanels / 2), sums,
-             [&](const Block &block, Ahead &ahead, float *carried) {
-    const int64_t panels = block.panel_end - block.panel, bytes = panel_bytes(block.end - block.begin, 8);
-    Codes codes = vectors.unpack(w, block, scratch);
-    if (x.segments > 1) {
-      make_signed(codes, panels, bytes, middle_of(product), scratch);
-      codes = {scratch, bytes};
-    }
-    Work work{product, codes, x.codes_at(0, block.begin), block.begin, block.end, step,
-              block.begin == 0, block.end == cols};
-    for (int64_t token = share.token; token < share.token_end; token += kTokens)
-      for (int64_t p = 0; p < panels; p += 2, carried += 2 * kTokens * kPanel) {
-        ahead.step();
-        multiply(work, p, panels - p, block.panel + p, token, share.token_end - token, carried);
-      }
-  });
+  auto run = x.segments == 1 ? zeros ? multiply<true, false, true> : multiply<true, false, false>
+             : scales        ? zeros ? multiply<false, true, true> : multiply<false, true, false>
+             : zeros         ? multiply<false, false, true>
+                             : multiply<false, false, false>;
+  run(product, share, step, scratch);
   _tile_release();
 }
 

@@ -142,12 +142,15 @@ void soft_cap(float *x, float cap, int64_t n) {
   }
 }
 
-/* log sum e^x, in runs that stay in the first cache: one pass over memory. */
-float log_partition(const float *x, int64_t n) {
-  const int64_t run = 1024;
+/* log sum e^x over n more of the numbers x, in runs that stay in the first cache: one pass over memory.
+ * All calls but the last bring whole runs. */
+void add_partition(const float *x, int64_t n, PartitionSum &partition) {
+  const int64_t run = kPartitionRun;
   const float nothing = -__builtin_inff();
-  float largest = nothing;
-  F32 sums[4] = {set_f32(0.0f), set_f32(0.0f), set_f32(0.0f), set_f32(0.0f)};
+  float largest = partition.largest;
+  if (largest == __builtin_inff()) return;
+  F32 sums[4];
+  for (int i = 0; i < 4; i++) sums[i] = load_floats(partition.sums[i]);
   for (int64_t begin = 0; begin < n; begin += run) {
     const int64_t end = begin + run < n ? begin + run : n;
     auto load = [&](int64_t i) INLINE_LAMBDA {
@@ -158,7 +161,7 @@ float log_partition(const float *x, int64_t n) {
     const float before = largest;
     largest = largest_lane(most);
     if (largest == nothing) continue;
-    if (largest - largest != 0) return largest; /* infinite */
+    if (largest - largest != 0) break; /* infinite */
     const F32 less = exponential(subtract(set_f32(before), set_f32(largest)));
     if (largest > before)
       UNROLL for (int i = 0; i < 4; i++) sums[i] = mul(sums[i], less);
@@ -168,8 +171,15 @@ float log_partition(const float *x, int64_t n) {
       sums[i / kPanel % 4] = add(sums[i / kPanel % 4], e);
     }
   }
-  if (largest == nothing) return nothing;
-  return largest + __builtin_logf(sum_lanes(add(add(sums[0], sums[1]), add(sums[2], sums[3]))));
+  partition.largest = largest;
+  for (int i = 0; i < 4; i++) store_some(partition.sums[i], sums[i], kPanel);
+}
+
+float log_partition(const PartitionSum &partition) {
+  if (partition.largest - partition.largest != 0) return partition.largest; /* no number yet, or infinite */
+  F32 sums[4];
+  for (int i = 0; i < 4; i++) sums[i] = load_floats(partition.sums[i]);
+  return partition.largest + __builtin_logf(sum_lanes(add(add(sums[0], sums[1]), add(sums[2], sums[3]))));
 }
 
 /* --------------------------------------------------------------------- the cache of one head */

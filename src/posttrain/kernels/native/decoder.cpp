@@ -1,6 +1,7 @@
 /* A whole decoder in one call. */
 #include <string.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "dispatch.h"
@@ -15,6 +16,9 @@ namespace {
 
 /* Queries of a work item: enough to pass over keys and values seldom, few enough to share out. */
 const int64_t kQueriesPerItem = 24;
+
+/* Rows of logits that losses are taken from at a time. */
+const int64_t kLossRows = 512;
 
 /* Bytes of `channels` keys or values. */
 int64_t cache_bytes(int32_t cache_type, int64_t channels) {
@@ -246,18 +250,44 @@ class Pass {
   float *q_, *k_, *v_, *gate_, *up_, *scratch_;
 };
 
+/* What products with the head become before they are logits: `rows` runs of `count`. */
+void finish_logits(const pt_model &m, float *logits, int64_t rows, int64_t count) {
+  const int64_t n = rows * count;
+  if (m.logit_scale != 1)
+    for (int64_t i = 0; i < n; i++) logits[i] *= m.logit_scale;
+  if (m.logit_cap > 0) active_kernels().soft_cap(logits, m.logit_cap, n);
+}
+
 void head(const pt_model &m, const float *hidden, int64_t rows, float *logits) {
-  const Kernels &kernels = active_kernels();
   const int64_t vocabulary = m.vocabulary;
   multiply_all({&m.head, 1, hidden, m.width, rows, &m.head_input, &logits, &vocabulary});
   if (m.logit_cap == 0 && m.logit_scale == 1) return;
   for_token_blocks(rows, [&](int64_t first, int64_t last, int) {
-    float *row = logits + first * vocabulary;
-    const int64_t n = (last - first) * vocabulary;
-    if (m.logit_scale != 1)
-      for (int64_t i = 0; i < n; i++) row[i] *= m.logit_scale;
-    if (m.logit_cap > 0) kernels.soft_cap(row, m.logit_cap, n);
+    finish_logits(m, logits + first * vocabulary, last - first, vocabulary);
   });
+}
+
+/* Logits are looked at a part of the vocabulary at a time, while they are in the second cache. */
+void losses(const pt_model &m, const float *hidden, const int32_t *targets, int64_t rows, float *out) {
+  static Buffer *buffer = new Buffer;
+  const Kernels &kernels = active_kernels();
+  float *logits = buffer->get<float>(std::min(rows, kLossRows) * kPartitionRun);
+  for (int64_t row = 0; row < rows; row += kLossRows, hidden += kLossRows * m.width) {
+    const int64_t some = std::min(kLossRows, rows - row);
+    std::vector<PartitionSum> partitions(some);
+    multiply_in_parts(*m.head, hidden, some, m.head_input, kPartitionRun, logits, [&](int64_t begin, int64_t count) {
+      for_token_blocks(some, [&](int64_t first, int64_t last, int) {
+        for (int64_t i = first; i < last; i++) {
+          float *part = logits + i * kPartitionRun;
+          const int64_t wanted = targets[row + i] - begin;
+          finish_logits(m, part, 1, count);
+          kernels.add_partition(part, count, partitions[i]);
+          if (0 <= wanted && wanted < count) out[row + i] = part[wanted];
+        }
+      });
+    });
+    for (int64_t i = 0; i < some; i++) out[row + i] = kernels.log_partition(partitions[i]) - out[row + i];
+  }
 }
 
 int32_t check(const pt_model &m) {
@@ -357,13 +387,24 @@ int32_t pt_head(const pt_model *model, const float *hidden, int64_t rows, float 
   return guarded([&] { head(*model, hidden, rows, logits); });
 }
 
+int32_t pt_losses(const pt_model *model, const float *hidden, const int32_t *targets, int64_t rows, float *out) {
+  if (int32_t wrong = check(*model)) return wrong;
+  if (rows < 0) return PT_BAD_SHAPE;
+  for (int64_t i = 0; i < rows; i++)
+    if (targets[i] < 0 || targets[i] >= model->vocabulary) return PT_BAD_SHAPE;
+  if (rows == 0) return PT_OK;
+  return guarded([&] { losses(*model, hidden, targets, rows, out); });
+}
+
 int32_t pt_log_partition(const float *logits, int64_t rows, int32_t vocabulary, float *out) {
   if (rows < 0 || vocabulary < 1) return PT_BAD_SHAPE;
   if (rows == 0) return PT_OK;
   return guarded([&] {
     const Kernels &kernels = active_kernels();
     parallel_for(rows, [&](int64_t row, int) {
-      out[row] = kernels.log_partition(logits + row * vocabulary, vocabulary);
+      PartitionSum partition;
+      kernels.add_partition(logits + row * vocabulary, vocabulary, partition);
+      out[row] = kernels.log_partition(partition);
     });
   });
 }

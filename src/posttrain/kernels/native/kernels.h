@@ -118,6 +118,13 @@ struct Thresholds {
   bool consecutive;
 };
 
+/* log sum e^x of numbers that come in several calls: the largest yet, and sums of e^(x - largest). */
+struct PartitionSum {
+  float largest = -__builtin_inff();
+  float sums[4][kPanel] = {};
+};
+static const int64_t kPartitionRun = 1024; /* numbers between two looks at the largest */
+
 struct Kernels {
   const char *name;
   /* The tile `gemm` works in: what shares should be multiples of. */
@@ -139,7 +146,8 @@ struct Kernels {
   void (*accumulate)(float *x, const float *y, float scale, int64_t n);
   void (*rotate_positions)(float *head, const float *angles, int64_t rotary);
   void (*soft_cap)(float *x, float cap, int64_t n);
-  float (*log_partition)(const float *x, int64_t n);
+  void (*add_partition)(const float *x, int64_t n, PartitionSum &);
+  float (*log_partition)(const PartitionSum &);
   void (*remember)(const HeadCache &, int64_t position, const float *key, const float *value);
   void (*attend)(const HeadCache &, const float *q, int64_t ld, int64_t heads, int64_t tokens,
                  int64_t position, float *out, float *scores);

@@ -69,6 +69,23 @@ int64_t segment_of(const pt_weight &w, int64_t x_group) {
   return segment > kLongestSegment ? std::gcd(segment, kLongestSegment) : segment;
 }
 
+/* What activations have to be for a weight: quantized, to meet groups of so many columns, or 0: floats. */
+int64_t form_of(const pt_weight &w, const pt_input &in) {
+  return in.bits && w.stage <= PT_LOOKUP ? group_of(w.group, w.cols) : 0;
+}
+
+/* `count` rows of a weight from row `first` on, a multiple of 16. */
+pt_weight rows_of(const pt_weight &w, int64_t first, int64_t count) {
+  pt_weight part = w;
+  const int64_t panel = first / kPanel, scale = panel * ceil_div(w.cols, group_of(w.group, w.cols)) * kPanel;
+  part.rows = (int32_t)count;
+  part.codes += panel * panel_bytes(w);
+  if (w.scales) part.scales = (const uint8_t *)w.scales + scale * scale_bytes(w);
+  if (w.zeros) part.zeros += scale;
+  if (w.bias) part.bias += first;
+  return part;
+}
+
 /* The activations of one call, prepared for weights whose segments are `segment` columns long. */
 class Prepared {
  public:
@@ -109,6 +126,16 @@ class Prepared {
       }
     });
     return a;
+  }
+
+  /* Gives products of weights of the same form their activations. */
+  void give(std::vector<Product> &products) {
+    const pt_weight &w = *products[0].weight;
+    const int64_t group = form_of(w, in_);
+    const Activations a = group ? quantized(segment_of(w, in_.group), ceil_div(cols_, group), group,
+                                            products.data(), (int)products.size())
+                                : floats();
+    for (auto &p : products) p.x = a;
   }
 
   /* As floats: the activations themselves, or what their codes stand for. */
@@ -288,26 +315,34 @@ void multiply_all(const pt_product &product, Weights next) {
     for (const char *at = (const char *)next.all[i]; at < (const char *)(next.all[i] + 1); at += kVector)
       __builtin_prefetch(at);
   Prepared prepared(kernels, product.x, product.ldx, tokens, cols, input);
-  /* Weights in a row with the same groups share the same form of activations; 0 is as floats. */
-  auto form = [&](const pt_weight &w) -> int64_t {
-    return input.bits && w.stage <= PT_LOOKUP ? group_of(w.group, cols) : 0;
-  };
+  /* Weights in a row with the same groups share the same form of activations. */
   for (int first = 0; first < product.count;) {
-    const pt_weight &w = *weights[first];
-    const int64_t group = form(w);
+    const int64_t group = form_of(*weights[first], input);
     std::vector<Product> products;
-    for (; first < product.count && form(*weights[first]) == group; first++)
+    for (; first < product.count && form_of(*weights[first], input) == group; first++)
       products.push_back({weights[first], {}, nullptr, product.y[first], product.ldy[first]});
-    const Activations a = group ? prepared.quantized(segment_of(w, input.group), ceil_div(cols, group), group,
-                                                     products.data(), (int)products.size())
-                                : prepared.floats();
-    for (auto &p : products) p.x = a;
+    prepared.give(products);
     if (tokens > kFewTokens) {
       multiply_many(kernels, products, tokens);
     } else {
       if (first == product.count) expect_all(next);
       multiply_few(kernels, products, tokens);
     }
+  }
+}
+
+void multiply_in_parts(const pt_weight &weight, const float *x, int64_t tokens, const pt_input &input, int64_t rows,
+                       float *y, const std::function<void(int64_t, int64_t)> &then) {
+  const Kernels &kernels = active_kernels();
+  Prepared prepared(kernels, x, weight.cols, tokens, weight.cols, input);
+  pt_weight part = weight;
+  std::vector<Product> products{{&part, {}, nullptr, y, rows}};
+  prepared.give(products);
+  for (int64_t first = 0; first < weight.rows; first += rows) {
+    part = rows_of(weight, first, std::min<int64_t>(rows, weight.rows - first));
+    if (tokens > kFewTokens) multiply_many(kernels, products, tokens);
+    else multiply_few(kernels, products, tokens);
+    then(first, part.rows);
   }
 }
 

@@ -5,6 +5,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 
+#include <functional>
 #include <mutex>
 #include <new>
 
@@ -68,5 +69,10 @@ struct Weights {
 /* One product of pt_linear without its checks, for callers that are `guarded`; tokens > 0. `next`: the
  * weights that will be multiplied after these, if that is known. */
 void multiply_all(const pt_product &product, Weights next = {});
+
+/* x [tokens, cols] times a weight, `rows` rows of it at a time, a multiple of 16: then(first, count) is
+ * called with those from `first` on in y [tokens, rows], which the next ones overwrite. */
+void multiply_in_parts(const pt_weight &weight, const float *x, int64_t tokens, const pt_input &input, int64_t rows,
+                       float *y, const std::function<void(int64_t, int64_t)> &then);
 
 #endif

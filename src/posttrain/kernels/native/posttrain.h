@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 /* Raised with every change of a struct or a signature; Python refuses any other. */
-#define PT_ABI 7
+#define PT_ABI 8
 PT_API int32_t pt_abi(void);
 /* Hash of the sources this library was built from (build.py), or "". */
 PT_API const char *pt_sources(void);
@@ -190,6 +190,11 @@ PT_API int32_t pt_forward(const pt_model *model, const pt_sequence *sequences, i
 
 /* The head alone: logits [rows, vocabulary] of `hidden` [rows, width]. */
 PT_API int32_t pt_head(const pt_model *model, const float *hidden, int64_t rows, float *logits);
+
+/* -log of the probability of targets [rows] after `hidden` [rows, width]: pt_log_partition of what
+ * pt_head gives, less the target's logit, without all logits ever in memory. */
+PT_API int32_t pt_losses(const pt_model *model, const float *hidden, const int32_t *targets, int64_t rows,
+                         float *losses);
 
 /* log sum exp of every row of logits [rows, vocabulary]. */
 PT_API int32_t pt_log_partition(const float *logits, int64_t rows, int32_t vocabulary, float *out);

@@ -1149,9 +1149,9 @@ namespace {
 
 /* All of the above under the name of an instruction set. */
 [[maybe_unused]] Kernels kernels_named(const char *name) {
-  return {name,     gemm_tile,  gemv,       gemm,             unpack,   rotate,   quantize,
-          rms_norm, gated,      accumulate, rotate_positions, soft_cap, log_partition, remember, attend,
-          round_columns, descend_columns, read_bytes, multiply_registers};
+  return {name,     gemm_tile,  gemv,       gemm,             unpack,   rotate,        quantize,
+          rms_norm, gated,      accumulate, rotate_positions, soft_cap, add_partition, log_partition, remember,
+          attend,   round_columns, descend_columns, read_bytes, multiply_registers};
 }
 
 }  // namespace
