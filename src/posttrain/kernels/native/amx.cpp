@@ -60,11 +60,11 @@ struct Pass {
   const uint8_t *weights[2]; /* of `panel` and the next one; of `panel` twice where it is the last */
   const int8_t *activations; /* of `token` */
   int64_t columns, segment;  /* so many; the first segment */
-  int64_t panel, panels, token, tokens; /* panels, tokens: that are left */
+  int64_t panel, panels, token, tokens; /* the first; how many there are: fewer at an end */
   bool first, last; /* of a row's blocks */
   Sums *carried;    /* integer sums of a single segment */
   float *floats;    /* of several: what those before came to; both tile by tile */
-  const float *scales; /* of several, [segment][panels of a block][16] */
+  const float *scales; /* of several, [segment][panels][16] */
 };
 
 /* The memory that a result is written to, asked for a part at every step: all at once, its many lines
@@ -79,16 +79,16 @@ struct Output {
 };
 
 /* What scales the sums of a segment, 16 tokens x 16 rows, in the same order as everywhere:
- * added(t, floats) = fma(float(sums - zero * x sums), scale, floats), as end_segment has it. `Zeros`: the
- * codes in the tiles were not those less their zero points. */
-template <bool TokenScales, bool Zeros>
+ * added(t, floats) = fma(float(sums - zero * x sums), scale, floats), as end_segment has it. `Zeros`: there
+ * are zero points that were not in the codes of the tiles, besides that of all of a single segment. */
+template <bool Rows, bool TokenScales, bool Zeros>
 struct Scaling {
   const Sums &sums;
   F32 scale;
-  const float *x_scales; /* of the first token; from one to the next */
-  int64_t x_scales_stride;
+  const int32_t *starts; /* of tokens, as everything below */
+  const float *x_scales;
   const int32_t *x_sums;
-  int64_t x_sums_stride;
+  int64_t x_scales_stride, x_sums_stride;
   uint32_t middle; /* less the zero point */
   const uint8_t *zeros;
 
@@ -97,6 +97,7 @@ struct Scaling {
       : sums(sums), scale(scale) {
     const pt_weight &w = *product.weight;
     const Activations &x = product.x;
+    if constexpr (Rows) starts = product.starts + token;
     if constexpr (TokenScales) {
       x_scales_stride = x.scale_groups;
       x_scales = x.scales + token * x_scales_stride + quotient(segment, x.segments_per_scale);
@@ -104,7 +105,7 @@ struct Scaling {
     if constexpr (Zeros) {
       x_sums_stride = x.segments;
       x_sums = x.sums + token * x_sums_stride + segment;
-      middle = (uint32_t)(middle_of(product) - w.zero);
+      middle = Rows ? 0 : (uint32_t)(middle_of(product) - w.zero);
       zeros = nullptr;
       if (w.zeros) zeros = w.zeros + (panel * x.weight_groups + quotient(segment, x.segments_per_group)) * kPanel;
     }
@@ -112,9 +113,10 @@ struct Scaling {
 
   INLINE_MEMBER F32 added(int64_t t, F32 floats) const {
     I32 sum = {_mm512_load_si512(sums[t])};
+    if constexpr (Rows) sum = add(sum, set_i32(starts[t]));
     if constexpr (Zeros) {
       /* Unsigned, which may overflow: those beyond the last token are whatever lay there. */
-      sum = add(sum, set_i32((int32_t)(middle * (uint32_t)x_sums[t * x_sums_stride])));
+      if (!Rows) sum = add(sum, set_i32((int32_t)(middle * (uint32_t)x_sums[t * x_sums_stride])));
       if (zeros) sum = subtract_product(sum, zeros, x_sums[t * x_sums_stride]);
     }
     F32 factor = scale;
@@ -125,7 +127,7 @@ struct Scaling {
 
 /* The sums of the first or the last segment, of tile `i`: none came before, or the result is due,
  * y = fma(floats, token scale, bias), as write_tile has it. */
-template <bool TokenScales, bool Zeros>
+template <bool Rows, bool TokenScales, bool Zeros>
 void end_tile(const Product &product, const Pass &pass, int64_t segment, int64_t i, const Sums &sums) {
   const pt_weight &w = *product.weight;
   const Activations &x = product.x;
@@ -133,7 +135,7 @@ void end_tile(const Product &product, const Pass &pass, int64_t segment, int64_t
   const int64_t panel = pass.panel + i / 2, token = pass.token + i % 2 * kSide, left = pass.tokens - i % 2 * kSide;
   if (i / 2 >= pass.panels || left <= 0) return;
   const int64_t at = (panel * x.weight_groups + quotient(segment, x.segments_per_group)) * kPanel;
-  const Scaling<TokenScales, Zeros> scaling(product, panel, token, segment, sums, load_scales(w, at));
+  const Scaling<Rows, TokenScales, Zeros> scaling(product, panel, token, segment, sums, load_scales(w, at));
   float *floats = pass.floats + i * kSide * kPanel;
   if (!last) {
     UNROLL for (int t = 0; t < kSide; t++) _mm512_store_ps(floats + t * kPanel, scaling.added(t, set_f32(0.0f)).v);
@@ -141,24 +143,27 @@ void end_tile(const Product &product, const Pass &pass, int64_t segment, int64_t
   }
   const int64_t row = panel * kPanel, count = w.rows - row < kPanel ? w.rows - row : kPanel;
   const F32 bias = w.bias ? load_some(w.bias + row, count) : set_f32(0.0f);
-  const float *scales = x.scale_groups == 1 ? x.scales + token : nullptr;
+  F32 factors = set_f32(w.multiplier);
+  if (x.scale_groups == 1) factors = mul(load_floats(x.scales + token), factors); /* of 16 tokens */
+  alignas(64) float factor[kSide];
+  _mm512_store_ps(factor, factors.v);
   float *y = product.y + token * product.ldy + row;
-  for (int64_t t = 0; t < left && t < kSide; t++, y += product.ldy) {
-    const float token_scale = scales ? scales[t] * w.multiplier : w.multiplier;
+  auto write = [&](int64_t t) INLINE_LAMBDA {
     const F32 before = first ? set_f32(0.0f) : F32{_mm512_load_ps(floats + t * kPanel)};
-    store_some(y, fma(scaling.added(t, before), set_f32(token_scale), bias), count);
-  }
+    store_some(y + t * product.ldy, fma(scaling.added(t, before), set_f32(factor[t]), bias), count);
+  };
+  for (int64_t t = 0; t < left && t < kSide; t++) write(t);
 }
 
-/* The passes of a share, one after the other. Each tile of sums is emptied just before the next segment
- * needs it, and scaled while that one is multiplied: twice as fast as in turn. `Rows`: a row is a
- * single segment, its codes unsigned. */
 #define MULTIPLY(sums, activations, weights)                      \
   do {                                                            \
     if constexpr (Rows) _tile_dpbsud(sums, activations, weights); \
     else _tile_dpbssd(sums, activations, weights);                \
   } while (0)
 
+/* The passes of a share, one after the other. Each tile of sums is emptied just before the next segment
+ * needs it, and scaled while that one is multiplied: twice as fast as in turn. `Rows`: a row is a
+ * single segment, its codes unsigned. */
 template <bool Rows, bool TokenScales, bool Zeros>
 class Passes {
  public:
@@ -177,7 +182,7 @@ class Passes {
       advance<true>(*before, &pass, first, second, x, output);
       if (before == &done_) done_ = pass, before = &pass;
       segment_ = segment, scales_ = scales, any_ = true;
-      scales += kPanels * kPanel;
+      scales += pass.panels * kPanel;
       first += step_ * kPanel, second += step_ * kPanel, x += step_;
       const int64_t end = begin + length < pass.columns ? begin + length : pass.columns;
       for (int64_t k = begin + step_; k < end; k += step_) {
@@ -214,13 +219,14 @@ class Passes {
     const Sums *carried = More && Rows && !next->first ? next->carried : nullptr;
     Sums *sums = Rows && !before.last ? before.carried : sums_;
     float *floats = before.floats;
-    const F32 scale0 = Rows || !done ? F32{} : load_floats(scales_);
-    const F32 scale1 = Rows || !done ? F32{} : load_floats(scales_ + kPanel);
+    F32 scales[kPanels] = {};
+    if (!Rows && done)
+      for (int i = 0; i < kPanels; i++) scales[i] = load_floats(scales_ + (i < before.panels ? i : 0) * kPanel);
     auto finish = [&](int64_t i) INLINE_LAMBDA {
-      if (ends) return end_tile<TokenScales, Zeros>(product_, before, segment_, i, sums[i]);
+      if (ends) return end_tile<Rows, TokenScales, Zeros>(product_, before, segment_, i, sums[i]);
       if (Rows) return;
-      const Scaling<TokenScales, Zeros> scaling(product_, before.panel + (before.panels > 1 ? i / 2 : 0),
-                                                before.token + i % 2 * kSide, segment_, sums[i], i < 2 ? scale0 : scale1);
+      const int64_t panel = before.panel + (i / 2 < before.panels ? i / 2 : 0), token = before.token + i % 2 * kSide;
+      const Scaling<Rows, TokenScales, Zeros> scaling(product_, panel, token, segment_, sums[i], scales[i / 2]);
       float *at = floats + i * kSide * kPanel;
       UNROLL for (int t = 0; t < kSide; t++, at += kPanel)
         _mm512_store_ps(at, scaling.added(t, {_mm512_load_ps(at)}).v);
@@ -304,10 +310,10 @@ void multiply(const Product &product, const Share &share, int64_t step, uint8_t 
       passes.finish(); /* with the scales of the block before */
       make_signed(codes, panels, panel_bytes(columns, 8), middle_of(product), scratch);
       codes = {scratch, panel_bytes(columns, 8)};
-      expand_scales(product, {block.panel, block.panel + kPanels, block.begin, block.end}, scales);
+      expand_scales(product, block, scales);
     }
     const uint8_t *second = codes.first + (panels > 1 ? codes.stride : 0);
-    for (int64_t token = share.token; token < share.token_end; token += kTokens, carried += kPanels * kTokens * kPanel) {
+    for (int64_t token = share.token; token < share.token_end; token += kTokens) {
       ahead.step();
       const int64_t tokens = share.token_end - token < kTokens ? share.token_end - token : kTokens;
       float *y = product.y + token * product.ldy + block.panel * kPanel;
@@ -317,6 +323,7 @@ void multiply(const Product &product, const Share &share, int64_t step, uint8_t 
                        Rows ? 0 : block.begin / x.segment, block.panel, panels, token, tokens, first, last,
                        (Sums *)carried, first && last ? passes.floats() : carried, scales},
                       output);
+      carried += kPanels * kTokens * kPanel;
     }
   });
   passes.finish();
@@ -334,12 +341,13 @@ void amx_gemm(const Product &product, const Share &share, uint8_t *scratch) {
   const Activations &x = product.x;
   if (!on_tiles(product)) return avx512_kernels()->gemm(product, share, scratch);
   const int64_t step = x.segment % 64 || padded(w.cols) % 64 ? kUnit : 64;
-  const bool zeros = w.zeros || w.zero != middle_of(product), scales = x.scale_groups > 1;
+  const bool rows = x.segments == 1, scales = x.scale_groups > 1;
+  const bool zeros = w.zeros || (!rows && w.zero != middle_of(product));
   configure(step);
-  auto run = x.segments == 1 ? zeros ? multiply<true, false, true> : multiply<true, false, false>
-             : scales        ? zeros ? multiply<false, true, true> : multiply<false, true, false>
-             : zeros         ? multiply<false, false, true>
-                             : multiply<false, false, false>;
+  auto run = rows     ? zeros ? multiply<true, false, true> : multiply<true, false, false>
+             : scales ? zeros ? multiply<false, true, true> : multiply<false, true, false>
+             : zeros  ? multiply<false, false, true>
+                      : multiply<false, false, false>;
   run(product, share, step, scratch);
   _tile_release();
 }
