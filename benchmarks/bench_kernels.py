@@ -1,7 +1,7 @@
 """Single linear layers: our kernels beside those of other libraries, in the same rounds.
 
     pip install llama-cpp-python onnx onnxruntime openvino     # peers, whichever are wanted
-    python benchmarks/bench_kernels.py [--only decode|prefill] [--rounds 7] [--shapes 4096x4096,..]
+    python benchmarks/bench_kernels.py [--only decode|prefill|cached] [--rounds 7] [--shapes 4096x4096,..]
         [--libraries llama.cpp,torch,..] [--bits 8,6,4] [--threads 2] [--result NAME]
 
 Writes results/kernels.json. A library that is not installed is listed as such. Every library has
@@ -13,7 +13,8 @@ probe of bandwidth (1 GiB, above any cache), between two runs of that probe. Pre
 against one layer, between two probes of the VNNI peak, which AMX can pass. Our decode is one
 native call for all copies, as in the decoder, and also one of `kernels.linear` for each, as prompts
 always are; llama.cpp, ONNX Runtime and OpenVINO get all copies in one graph; torch is called from
-Python for each.
+Python for each. Cached: one token through the same small layer again and again, for libraries whose
+graphs do not hold weights of their own.
 Wants 20 GiB of memory; with all peers it takes about 17 minutes on 2 cores.
 """
 
@@ -48,6 +49,7 @@ PROMPTS = (512, 128)  # the second at small shapes and the typical one only
 BITS = (8, 6, 4)
 PEAK_SECONDS = 0.01
 NO_AMX = "AVX512_CORE_VNNI"  # what oneDNN is held to, beside ours on the same instructions
+HOLDING = ("onnxruntime", "openvino")  # whose graphs hold weights of their own
 PACKAGES = {"llama.cpp": "llama_cpp_python"}  # where the package is not called as the library is
 
 PER_TOKEN, PER_32 = "int8h | fp32/row", "int8h | fp32/g32"
@@ -76,7 +78,7 @@ class Contender:
     activations: str
     options: dict[str, Any]
     family: str = ""
-    tasks: tuple[str, ...] = ("decode", "prefill")
+    tasks: tuple[str, ...] = ("decode", "prefill", "cached")
     slow_to_load: bool = False  # decodes at one large shape only
     cap: str = ""
     amx: bool = False  # whether it uses AMX where there is one
@@ -116,12 +118,13 @@ def _ours() -> Iterator[Contender]:
         options = {"format": weight, "input": given, "rotate": rotate, "isa": best, "decode": "C"}
         made = Contender("posttrain", name, int(name[1]), SAID.get(given, given), options)
         if given is None:
-            yield replace(made, tasks=("decode",))
+            yield replace(made, tasks=("decode", "cached"))
             continue
         yield made
         if name in MAIN:
             python = options | {"decode": "Python"}
-            yield replace(made, name=f"{name}, from Python", options=python, tasks=("decode",))
+            tasks = "decode", "cached"
+            yield replace(made, name=f"{name}, from Python", options=python, tasks=tasks)
         if "avx512vnni" in others:
             options = options | {"isa": "avx512vnni"}
             yield replace(made, name=f"{name}, AVX-512", options=options, tasks=("prefill",))
@@ -229,6 +232,7 @@ class Cell:
     contender: Contender
     shape: tuple[int, int]
     tokens: int
+    cached: bool
     facts: dict[str, Any]
     seconds: list[float] = field(default_factory=list)
     limits: list[float] = field(default_factory=list)
@@ -245,6 +249,7 @@ class Cell:
             "activations": self.contender.activations,
             "shape": _text(self.shape),
             "tokens": self.tokens,
+            "cached": self.cached,
             "us": 1e6 * seconds,
             "us_spread": [1e6 * min(self.seconds), 1e6 * max(self.seconds)],
             **rate,
@@ -278,6 +283,8 @@ class Bench:
             tasks = [task for task in one.tasks if self.args.only in (None, task)]
             if one.slow_to_load and shape in LARGE and shape != TYPICAL:
                 tasks = [task for task in tasks if task != "decode"]
+            if shape not in SMALL or one.library in HOLDING:
+                tasks = [task for task in tasks if task != "cached"]
             if one.bits != bits or not tasks:
                 continue
             fill = PROBE_BYTES if "decode" in tasks else 0
@@ -285,24 +292,27 @@ class Bench:
                                 options=one.options)  # fmt: skip
             if loaded is not None:
                 present[one.name] = one, tasks, loaded
-        cells: dict[tuple[str, int], Cell] = {}
+        cells: dict[tuple[str, int, bool], Cell] = {}
         # Rounds of small shapes are over before a disturbance of the machine is.
         rounds = self.args.rounds * (3 if shape in SMALL else 1)
         for number in range(rounds + 1):  # the first only warms up
-            for tokens in (1, *PROMPTS[: 2 if shape in (TYPICAL, *SMALL) else 1]):
-                task = "decode" if tokens == 1 else "prefill"
+            prompts = PROMPTS[: 2 if shape in (TYPICAL, *SMALL) else 1]
+            runs = ("decode", 1), ("cached", 1), *(("prefill", tokens) for tokens in prompts)
+            for task, tokens in runs:
                 probe = self.probe.bandwidth if tokens == 1 else self.probe.peak
                 here = [(one, facts) for one, tasks, facts in present.values() if task in tasks]
                 before = probe() if here else 0.0
                 for one, facts in here:
-                    timed = self._turn(one, shape, do="time", tokens=tokens)
+                    cached = task == "cached"
+                    timed = self._turn(one, shape, do="time", tokens=tokens, cached=cached)
                     after = probe()
                     if timed is None:  # rounds it had before count for nothing
                         del present[one.name]
                         cells = {key: cell for key, cell in cells.items() if key[0] != one.name}
                     elif number:
-                        key, seconds = (one.name, tokens), timed.pop("seconds")
-                        cell = cells.setdefault(key, Cell(one, shape, tokens, timed | facts))
+                        key, seconds = (one.name, tokens, cached), timed.pop("seconds")
+                        made = Cell(one, shape, tokens, cached, timed | facts)
+                        cell = cells.setdefault(key, made)
                         cell.seconds.append(seconds)
                         cell.limits.append((before + after) / 2)
                     before = after
@@ -340,17 +350,17 @@ def spread_out(cells: list[Cell], members: list[Contender]) -> list[dict[str, An
             figure = f"{found['us']:.0f}" if cell.tokens == 1 else f"{found['gop_per_second']:.0f}"
             if found["us"] < 100 and cell.tokens == 1:
                 figure = f"{found['us']:.1f}"
-            row[_column(cell)] = f"{found['share']:.2f} ({figure})"
+            row[_column(cell)] = figure if cell.cached else f"{found['share']:.2f} ({figure})"
         made.append(row)
     return made
 
 
 def fastest(cells: list[Cell]) -> dict[tuple[Any, ...], Cell]:
-    """The fastest member of each family of peers, by (family, bits, shape, tokens)."""
+    """The fastest member of each family of peers, by (family, bits, shape, tokens, cached)."""
     found: dict[tuple[Any, ...], Cell] = {}
     for cell in cells:
         one = cell.contender
-        key = one.family, one.bits, cell.shape, cell.tokens
+        key = one.family, one.bits, cell.shape, cell.tokens, cell.cached
         if not one.ours and (
             key not in found
             or statistics.median(cell.seconds) < statistics.median(found[key].seconds)
@@ -367,7 +377,7 @@ def pairs(cells: list[Cell]) -> Iterator[tuple[Cell, Cell]]:
             continue
         held = ours.contender.options["isa"] != kernels.isas()[0]
         for (_, bits, *where), theirs in best.items():
-            same = (bits, *where) == (ours.contender.bits, ours.shape, ours.tokens)
+            same = (bits, *where) == (ours.contender.bits, ours.shape, ours.tokens, ours.cached)
             if same and not (theirs.contender.amx if held else theirs.contender.cap):
                 yield ours, theirs
 
@@ -399,6 +409,7 @@ def slower(cells: list[Cell]) -> list[dict[str, Any]]:
         if middle >= 1:
             continue
         task = "decode" if ours.tokens == 1 else f"prefill {ours.tokens}"
+        task = "cached" if ours.cached else task
         found.append(
             {
                 "where": f"{task}, {_text(ours.shape)}",
@@ -427,7 +438,8 @@ def _difference(ours: Cell, theirs: Cell) -> str:
 
 
 def _column(cell: Cell) -> str:
-    return _text(cell.shape) + ("" if cell.tokens == 1 else f" p{cell.tokens}")
+    run = " cached" if cell.cached else "" if cell.tokens == 1 else f" p{cell.tokens}"
+    return _text(cell.shape) + run
 
 
 def _text(shape: tuple[int, int]) -> str:
@@ -493,7 +505,7 @@ def _arguments() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--only", choices=("decode", "prefill"))
+    add("--only", choices=("decode", "prefill", "cached"))
     add("--rounds", type=int, default=7)
     add("--shapes", type=shapes, default=[*SMALL, *LARGE])
     add("--bits", type=lambda text: tuple(map(int, text.split(","))), default=BITS)
