@@ -44,21 +44,24 @@ def test_every_contender_multiplies(bench, library):
             {"do": "load", "name": one.name, "options": one.options, **shape},
             {"do": "time", "name": one.name, "tokens": 1},
             {"do": "time", "name": one.name, "tokens": 5},
+            {"do": "time", "name": one.name, "tokens": 1, "cached": True},
         )
     )))  # fmt: skip
-    for one, loaded, *timed in zip(members, found, found, found, strict=True):
+    for one, loaded, *timed in zip(members, found, found, found, found, strict=True):
         if "unsupported" in loaded:
             assert "default" in loaded["unsupported"], (one.name, loaded)
             continue
         assert loaded["copies"] * loaded["bytes"] >= 2**16
+        if library in bench.HOLDING:
+            assert "holds the weights" in timed.pop()["unsupported"]
         for each in timed:
             assert each["seconds"] > 0, (one.name, each)
             assert each["relative_error"] < {8: 0.03, 6: 0.06, 4: 0.2}[one.bits], one.name
 
 
-def cell(bench, one, seconds, limits, **facts):
-    made = bench.Cell(one, (4096, 4096), 1, {"bytes": 10**9, "kernel": "k", "relative_error": 0.0})
-    made.facts |= facts
+def cell(bench, one, seconds, limits, cached=False, **facts):
+    known = {"bytes": 10**9, "kernel": "k", "relative_error": 0.0}
+    made = bench.Cell(one, (4096, 4096), 1, cached, known | facts)
     made.seconds, made.limits = seconds, limits
     return made
 
@@ -71,8 +74,9 @@ def test_ratios_are_taken_round_by_round(bench):
     ours = cell(bench, one, [1.0, 2.0, 4.0], limits)
     theirs = cell(bench, peer, [2.0, 2.0, 2.0], limits)
     cells = [ours, theirs, cell(bench, other, [9.0] * 3, limits)]
-    (row,) = bench.ratios(cells)
+    (row,) = bench.ratios([*cells, cell(bench, peer, [0.1] * 3, limits, cached=True)])
     assert row["peer"] == "torch int8" and row["4096x4096"] == "1.00 (0.50..2.00)"
+    assert "4096x4096 cached" not in row  # ours was not measured so
     assert ours.row()["share"] == pytest.approx(0.05)
     assert bench.slower(cells)[0]["where"] == "nowhere"
     ours.seconds = [3.0] * 3
