@@ -342,9 +342,8 @@ def test_all_at_once_is_step_by_step_and_side_by_side(mixed, cache):
     assert torch.equal(torch.cat(steps), together)
 
 
-@pytest.mark.parametrize(
-    "case", ["llama", "granite", "gemma2"]
-)  # logits as they are, scaled, capped
+# Logits as they are, scaled, capped.
+@pytest.mark.parametrize("case", ["llama", "granite", "gemma2"])
 @pytest.mark.parametrize(
     "weight, inputs",
     [
@@ -379,6 +378,8 @@ def test_losses_are_those_of_the_logits_to_the_bit(case, weight, inputs, default
             )
     with pytest.raises(UserError, match="losses of 1 rows"):
         native.losses(hidden[:1], torch.tensor([2100]))
+    with pytest.raises(UserError, match="2 rows have 1 targets"):
+        native.losses(hidden[:2], torch.tensor([5]))
 
 
 SAMPLINGS = [

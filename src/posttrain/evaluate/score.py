@@ -91,7 +91,9 @@ class Scorer:
     ) -> tuple[torch.Tensor, list[Target]]:
         """What `_store` wants, and what `keep` does."""
         assert self.runner is not None
-        targeted = [part for row in tokens[:, 1 - count :] for part in row.split(rows)]
+        targeted = [
+            part for row in tokens[:, tokens.shape[1] - count + 1 :] for part in row.split(rows)
+        ]
         kept, parts = [], []
         chunks = self.runner.window_logits(tokens, count, rows)
         for i, (chunk, wanted) in enumerate(zip(chunks, targeted, strict=True)):

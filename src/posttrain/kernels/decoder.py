@@ -232,7 +232,10 @@ class Decoder:
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """-log of the probability of int `targets` [rows] after rows that `hidden` gave: float32
-        [rows], without all logits ever in memory. Raises UserError for a target that is no token."""
+        [rows], without all logits ever in memory. Raises UserError for a target that is no token, or
+        unless there is one for each row."""
+        if len(targets) != len(hidden):
+            raise UserError(f"{len(hidden)} rows have {len(targets)} targets: each needs one")
         losses = torch.empty(len(hidden))
         rows, wanted = hidden.contiguous(), targets.int().contiguous()
         status = library.native().pt_losses(

@@ -102,18 +102,19 @@ class NativeEngine:
         return self.decoder.step(feeds, samplings, texts)
 
     def window_logits(self, windows: Tensor, count: int, rows: int) -> Iterator[Tensor]:
-        for window in windows:
-            session = self.session(len(window), "fp32")
-            hidden = self.decoder.hidden([(session, window.tolist())], count)[:-1]
+        for hidden in self._window_hidden(windows, count):
             yield from map(self.decoder.logits, hidden.split(rows))
 
     def window_losses(self, windows: Tensor, count: int, rows: int) -> Tensor:
-        losses = []
+        targets = windows[:, windows.shape[1] - count + 1 :]
+        hidden = self._window_hidden(windows, count)
+        return torch.cat([self.decoder.losses(*rows) for rows in zip(hidden, targets, strict=True)])
+
+    def _window_hidden(self, windows: Tensor, count: int) -> Iterator[Tensor]:
+        """What the head makes the logits of `window_logits` from, window by window."""
         for window in windows:
             session = self.session(len(window), "fp32")
-            hidden = self.decoder.hidden([(session, window.tolist())], count)[:-1]
-            losses.append(self.decoder.losses(hidden, window[len(window) - count + 1 :]))
-        return torch.cat(losses)
+            yield self.decoder.hidden([(session, window.tolist())], count)[:-1]
 
 
 class TorchSession:

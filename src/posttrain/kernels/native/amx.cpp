@@ -148,13 +148,13 @@ void end_tile(const Product &product, const Pass &pass, int64_t segment, int64_t
   alignas(64) float factor[kSide];
   _mm512_store_ps(factor, factors.v);
   float *y = product.y + token * product.ldy + row;
-  auto write = [&](int64_t t) INLINE_LAMBDA {
+  for (int64_t t = 0; t < left && t < kSide; t++) {
     const F32 before = first ? set_f32(0.0f) : F32{_mm512_load_ps(floats + t * kPanel)};
     store_some(y + t * product.ldy, fma(scaling.added(t, before), set_f32(factor[t]), bias), count);
-  };
-  for (int64_t t = 0; t < left && t < kSide; t++) write(t);
+  }
 }
 
+/* A macro, as these instructions want the numbers of their tiles spelt out. */
 #define MULTIPLY(sums, activations, weights)                      \
   do {                                                            \
     if constexpr (Rows) _tile_dpbsud(sums, activations, weights); \
@@ -290,6 +290,7 @@ class Passes {
   alignas(64) Sums sums_[4];
   alignas(64) float floats_[4 * kSide * kPanel];
 };
+#undef MULTIPLY
 
 template <bool Rows, bool TokenScales, bool Zeros>
 void multiply(const Product &product, const Share &share, int64_t step, uint8_t *scratch) {

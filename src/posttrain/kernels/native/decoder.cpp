@@ -250,9 +250,8 @@ class Pass {
   float *q_, *k_, *v_, *gate_, *up_, *scratch_;
 };
 
-/* What products with the head become before they are logits: `rows` runs of `count`. */
-void finish_logits(const pt_model &m, float *logits, int64_t rows, int64_t count) {
-  const int64_t n = rows * count;
+/* What n products with the head become before they are logits. */
+void finish_logits(const pt_model &m, float *logits, int64_t n) {
   if (m.logit_scale != 1)
     for (int64_t i = 0; i < n; i++) logits[i] *= m.logit_scale;
   if (m.logit_cap > 0) active_kernels().soft_cap(logits, m.logit_cap, n);
@@ -263,7 +262,7 @@ void head(const pt_model &m, const float *hidden, int64_t rows, float *logits) {
   multiply_all({&m.head, 1, hidden, m.width, rows, &m.head_input, &logits, &vocabulary});
   if (m.logit_cap == 0 && m.logit_scale == 1) return;
   for_token_blocks(rows, [&](int64_t first, int64_t last, int) {
-    finish_logits(m, logits + first * vocabulary, last - first, vocabulary);
+    finish_logits(m, logits + first * vocabulary, (last - first) * vocabulary);
   });
 }
 
@@ -280,7 +279,7 @@ void losses(const pt_model &m, const float *hidden, const int32_t *targets, int6
         for (int64_t i = first; i < last; i++) {
           float *part = logits + i * kPartitionRun;
           const int64_t wanted = targets[row + i] - begin;
-          finish_logits(m, part, 1, count);
+          finish_logits(m, part, count);
           kernels.add_partition(part, count, partitions[i]);
           if (0 <= wanted && wanted < count) out[row + i] = part[wanted];
         }
