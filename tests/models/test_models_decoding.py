@@ -470,6 +470,23 @@ def test_a_memory_goes_back_and_forgets(mixed):
         memory.forget(31)
 
 
+@pytest.mark.parametrize("cache", CACHES.values())
+def test_a_passing_memory_gives_the_same_and_stays_empty(mixed, cache):
+    texts = [tokens(30, seed) for seed in range(3)] + [tokens(77, 3), tokens(1, 4)]
+    wanted = [mixed.forward([(mixed.memory(cache=cache), text)], keep=None) for text in texts]
+    passing = [mixed.memory(16, cache, passing=True) for _ in texts]
+    for text, want in zip(texts, wanted, strict=True):  # one memory, text after text
+        assert torch.equal(mixed.forward([(passing[0], text)], keep=None), want)
+    beside = mixed.forward(list(zip(passing, texts, strict=True)), keep=None)
+    assert torch.equal(beside, torch.cat(wanted))
+    assert all(memory.length == memory.nbytes == 0 for memory in passing)
+    whole, one = mixed.memory(80, cache), passing[3]
+    assert all(
+        one._tensors[name].numel() * len(mixed.blocks) == tensor.numel()
+        for name, tensor in whole._tensors.items()
+    )
+
+
 @pytest.mark.parametrize(
     "feeds, message",
     [
@@ -479,6 +496,8 @@ def test_a_memory_goes_back_and_forgets(mixed):
         (lambda d, m: [(m, [1, 2**40])], "found 1099511627776"),
         (lambda d, m: [(m, [1]), (m, [2])], "fed once"),
         (lambda d, m: [(decoder(build("llama")).memory(), [1])], "another decoder"),
+        (lambda d, m: [(d.memory(passing=True), [1] * 600)], "at most 512 tokens"),
+        (lambda d, m: [(d.memory(passing=True), [1] * 300), (m, [1] * 300)], "at most 512 tokens"),
     ],
 )
 def test_what_cannot_be_fed_is_refused(mixed, feeds, message):

@@ -88,10 +88,11 @@ class BlockWeights:
 class Memory:
     """Keys and values of one sequence of at most `capacity` tokens; grows when it has to.
 
-    Memory is touched only as far as tokens have come, so a generous capacity costs nothing.
+    Memory is touched only as far as tokens have come, so a generous capacity costs nothing. One that
+    is `passing` stays empty, and is as large as a single block needs it.
     """
 
-    def __init__(self, decoder: "Decoder", capacity: int, cache: str) -> None:
+    def __init__(self, decoder: "Decoder", capacity: int, cache: str, passing: bool) -> None:
         if cache not in CACHE_TYPES:
             raise UserError(f"cache={cache!r}: choose one of {', '.join(CACHE_TYPES)}")
         self.length = 0
@@ -99,7 +100,7 @@ class Memory:
         self._decoder = decoder
         self._tensors: dict[str, Tensor] = {}
         self._angles: dict[int, Tensor] = {}  # tables that `struct` points to
-        self.struct = library.Memory(type=CACHE_TYPES[cache])
+        self.struct = library.Memory(type=CACHE_TYPES[cache], passing=passing)
         self.reserve(capacity)
 
     def reserve(self, capacity: int) -> None:
@@ -107,8 +108,8 @@ class Memory:
         if capacity <= self.struct.capacity:
             return
         capacity = -(-max(capacity, 2 * self.struct.capacity) // PANEL) * PANEL
-        dims, blocks = self._decoder.dimensions, len(self._decoder.blocks)
-        heads = (blocks, dims.kv_heads)
+        dims = self._decoder.dimensions
+        heads = (1 if self.struct.passing else len(self._decoder.blocks), dims.kv_heads)
         per = 2 if self.cache == "int4" else 1  # codes in an element
         rows, padded = -(-dims.head_size // per), -(-dims.head_size // (per * PANEL)) * PANEL
         dtype = _CACHE_DTYPES[self.cache]
@@ -188,14 +189,16 @@ class Decoder:
         self._structs = (Block * len(self.blocks))(*map(self._block, self.blocks))
         self._model = self._describe(norm)
 
-    def memory(self, capacity: int = 256, cache: str = "fp16") -> Memory:
+    def memory(self, capacity: int = 256, cache: str = "fp16", passing: bool = False) -> Memory:
         """An empty sequence with room for `capacity` tokens; more as it grows.
 
         cache: what keys and values are kept in: "fp32", "fp16", "bf16", or "int8", "e4m3" and
             "int4" with one float16 scale for each token and head (`pt_cache_type` of
             native/posttrain.h has the rounding: that of `numbers.quantize`).
+        passing: whether each call feeds a whole text, of at most CHUNK tokens, that nothing is to
+            follow. Blocks then share the memory of one, which stays in the processor's caches.
         """
-        return Memory(self, capacity, cache)
+        return Memory(self, capacity, cache, passing)
 
     @property
     def nbytes(self) -> int:
@@ -276,6 +279,8 @@ class Decoder:
                 raise UserError("a sequence has no tokens to feed")
             if memory._decoder is not self:
                 raise UserError("this memory belongs to another decoder")
+            if memory.struct.passing and sum(len(part) for _, part in feeds) > CHUNK:
+                raise UserError(f"a passing memory takes texts of at most {CHUNK} tokens in all")
         if len({id(memory) for memory, _ in feeds}) < len(feeds):
             raise UserError("a sequence can be fed once in a call")
 
@@ -326,7 +331,7 @@ class Decoder:
         )
         library.check(status, f"a pass over {len(ids)} tokens")
         for memory, part in feeds:
-            memory.length += len(part)
+            memory.length += 0 if memory.struct.passing else len(part)
 
     def _point_at_angles(self, memory: Memory) -> None:
         start, stop = memory.length, memory.length + memory.struct.tokens

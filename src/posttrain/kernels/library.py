@@ -18,7 +18,7 @@ from torch import Tensor
 
 from posttrain.errors import UserError
 
-ABI = 8
+ABI = 9
 LIBRARY = Path(__file__).with_name("_native.so")
 BUILD = "python -m posttrain.kernels.build"
 STAGES = {"integer": 0, "lookup": 1, "table": 2, "float": 3, "rows": 4}
@@ -117,6 +117,7 @@ class Memory(ctypes.Structure):
         ("length", _i64),
         ("tokens", _i32),
         ("type", _i32),
+        ("passing", _i32),
     ]
 
 

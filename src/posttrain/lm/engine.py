@@ -19,6 +19,7 @@ from torch import Tensor
 from posttrain import kernels
 from posttrain.errors import UserError
 from posttrain.kernels import Decoder, Memory, Sampling
+from posttrain.kernels.decoder import CHUNK
 from posttrain.models.decoding import CACHES, decoder, no_cache, no_decoder
 from posttrain.models.direct import DirectModel
 from posttrain.models.kv import parse_kv, stored_kv
@@ -87,8 +88,9 @@ class NativeEngine:
     def keeps(self, scoring: bool = False) -> Spec:
         return self.kv or spec("fp32" if scoring else "fp16")
 
-    def session(self, capacity: int = 256, cache: str = "fp16") -> Memory:
-        return self.decoder.memory(capacity, cache if self.kv is None else CACHES[str(self.kv)])
+    def session(self, capacity: int = 256, cache: str = "fp16", passing: bool = False) -> Memory:
+        kept = cache if self.kv is None else CACHES[str(self.kv)]
+        return self.decoder.memory(capacity, kept, passing)
 
     def forward(self, feeds: Sequence[tuple[Memory, Tokens]], keep: int | None = 1) -> Tensor:
         return self.decoder.forward(feeds, keep)
@@ -112,8 +114,10 @@ class NativeEngine:
 
     def _window_hidden(self, windows: Tensor, count: int) -> Iterator[Tensor]:
         """What the head makes the logits of `window_logits` from, window by window."""
+        length = windows.shape[1]
+        session = self.session(length, "fp32", passing=length <= CHUNK)
         for window in windows:
-            session = self.session(len(window), "fp32")
+            session.forget()
             yield self.decoder.hidden([(session, window.tolist())], count)[:-1]
 
 

@@ -184,7 +184,7 @@ class Pass {
   HeadCache cache(const pt_block &b, const pt_sequence &s, int64_t index, int64_t head) const {
     const int64_t run = s.type == PT_CACHE_I4 ? 2 * kPanel : kPanel;
     const int64_t size = m_.head_size, width = ceil_div(size, run) * run;
-    const int64_t at = (index * m_.kv_heads + head) * s.capacity;
+    const int64_t at = ((s.passing ? 0 : index) * m_.kv_heads + head) * s.capacity;
     HeadCache c{};
     c.keys = (uint8_t *)s.keys + at * cache_bytes(s.type, size);
     c.values = (uint8_t *)s.values + at * cache_bytes(s.type, width);
@@ -327,6 +327,7 @@ int32_t check(const pt_model &m, const pt_sequence *sequences, int count, const 
     const pt_sequence &s = sequences[i];
     if (s.tokens < 0 || s.length < 0 || s.capacity % kPanel || s.length + s.tokens > s.capacity)
       return PT_BAD_SHAPE;
+    if (s.passing && s.length) return PT_BAD_SHAPE;
     if (s.type < PT_CACHE_F32 || s.type > PT_CACHE_I4) return PT_BAD_FORMAT;
     *tokens += s.tokens;
   }

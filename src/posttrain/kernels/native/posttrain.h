@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 /* Raised with every change of a struct or a signature; Python refuses any other. */
-#define PT_ABI 8
+#define PT_ABI 9
 PT_API int32_t pt_abi(void);
 /* Hash of the sources this library was built from (build.py), or "". */
 PT_API const char *pt_sources(void);
@@ -178,6 +178,9 @@ typedef struct {
   int64_t length;         /* tokens remembered before the call */
   int32_t tokens;         /* tokens in this call */
   int32_t type;           /* pt_cache_type */
+  /* Whether nothing is to be remembered: every block takes the place of the one before in memory for
+   * a single block, and `length` is 0. */
+  int32_t passing;
 } pt_sequence;
 
 /* One pass over the next tokens of several sequences: `ids` holds those of the first, then of the
