@@ -4,9 +4,9 @@
     pip install ctranslate2
     python benchmarks/bench_speed.py [--only demo|1b] [--text FILE] [--windows 64] [--rounds 7]
 
-`demo` (results/speed-demo.json): the shipped integer recipes and the GGUF types of the same width,
-timed in the same rounds by `posttrain bench`, and scored on the same tokens by one `compare`. The
-GGUF files are made by llama.cpp from the demo's own. `1b` (results/speed-1b.json): a random
+`demo` (results/speed-demo.json): the shipped integer recipes, one of them with a plan for more bits
+too, and the GGUF types of the same width, timed in the same rounds by `posttrain bench`, and scored
+on the same tokens by one `compare`. The GGUF files are made by llama.cpp from the demo's own. `1b` (results/speed-1b.json): a random
 checkpoint of Llama-3.2-1B's shape, rounded to nearest; only speed.
 """
 
@@ -24,6 +24,7 @@ import posttrain
 from posttrain.bench.gguf_peer import gguf_of, nearest_type
 
 RECIPES = ("w8a8", "w6a8", "w4a8")
+PLANNED = "w6a8 --bits 7"  # still fewer than Q6_K, which is Q8_0 where 256 does not divide a row
 WIDTHS = {"transformers": "float32", "ctranslate2": "INT8"}  # llama.cpp's says what it was made in
 KEYS = ("prefill_tps", "decode_tps", "score_tps", "bits_per_weight", "kernel", "rss_bytes")
 RATIOS = [
@@ -47,22 +48,23 @@ def main() -> None:
 
 def demo(args: argparse.Namespace) -> None:
     made = {}
-    for recipe in RECIPES:
-        made[recipe] = WORK / f"speed-{recipe}"
-        run_json("quantize", "demo", "--recipe", recipe, "-o", str(made[recipe]), "--overwrite")
+    for recipe in (*RECIPES, PLANNED):
+        made[recipe] = WORK / f"speed-{recipe.replace(' --', '-').replace(' ', '')}"
+        words = ("--recipe", *recipe.split(), "-o", str(made[recipe]), "--overwrite")
+        run_json("quantize", "demo", *words)
     against = ("--against", "llama.cpp,transformers,ctranslate2", "--rounds", str(args.rounds))
     timed = {name: run_json("bench", str(path), *against) for name, path in made.items()}
     with tempfile.TemporaryDirectory() as folder:
         files = {name: gguf_of(str(path), nearest_type(str(path)), Path(folder))
                  for name, path in made.items()}  # fmt: skip
-        models = ["demo", *map(str, [*made.values(), *files.values()])]
+        scored = [*made.values(), *dict.fromkeys(files.values())]
         options = {"text": local(args.text, "evaluation"), "window": 512}
         options |= {"max_tokens": 512 * args.windows, "generations": False}
-        compared = posttrain.compare(models, **options)
-    losses = dict(zip([*made, *(f"{name} peer" for name in made)], compared["pairs"], strict=True))
+        compared = posttrain.compare(["demo", *map(str, scored)], **options)
+    losses = dict(zip(scored, compared["pairs"], strict=True))
     rows = []
     for recipe, result in timed.items():
-        rows += _rows(recipe, result, losses[recipe], losses[f"{recipe} peer"])
+        rows += _rows(recipe, result, losses[made[recipe]], losses[files[recipe]])
     write_result(
         "speed-demo",
         {"rows": rows, "benches": timed, "text": compared["text"], "windows": args.windows},

@@ -109,6 +109,19 @@ def test_llama_cpp_runs_the_same_model(small, tmp_path):
     assert gguf_peer.nearest_type(str(small / "full")) == "BF16"
 
 
+def test_a_plan_meets_the_type_of_its_mean_width(tmp_path):
+    """Every weight counts, however many layers they come in; the head is llama.cpp's own business."""
+    small = [{"name": f"k{i}", "shape": [16, 64], "bits_per_weight": 7.25} for i in range(5)]
+    large = {"name": "up", "shape": [256, 64], "bits_per_weight": 6.25}
+    head = {"name": "lm_head", "shape": [9999, 64], "bits_per_weight": 8.5}
+    report = {"layers": [*small, large, head]}
+    (tmp_path / "posttrain.json").write_text(json.dumps(report), encoding="utf-8")
+    assert gguf_peer.nearest_type(str(tmp_path)) == "Q6_K"
+    large["bits_per_weight"] = 7.25
+    (tmp_path / "posttrain.json").write_text(json.dumps(report), encoding="utf-8")
+    assert gguf_peer.nearest_type(str(tmp_path)) == "Q8_0"
+
+
 @ctranslate2
 def test_ctranslate2_runs_the_same_model(small, tmp_path):
     """Its INT8 losses are near those of the checkpoint; it counts the tokens that it was asked for."""

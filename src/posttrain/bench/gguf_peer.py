@@ -7,6 +7,8 @@ speed, not to read its answers.
 
 import ctypes
 import json
+import math
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,13 +30,14 @@ _GGUF = {ours: theirs for theirs, ours in PROJECTIONS.items()} | {
 
 
 def nearest_type(model: str) -> str:
-    """The GGUF type to compare a model with: that of its quantized linears' width."""
+    """The GGUF type to compare a model with: that of the mean width of its blocks' weights."""
     report = Path(model) / "posttrain.json"
     if not report.is_file():
         return "BF16"
     layers = json.loads(report.read_text(encoding="utf-8"))["layers"]
-    inside = sorted(layer["bits_per_weight"] for layer in layers if layer["name"] != "lm_head")
-    bits = inside[len(inside) // 2]
+    inside = [layer for layer in layers if layer["name"] != "lm_head"]
+    sizes = [math.prod(layer["shape"]) for layer in inside]
+    bits = statistics.fmean((layer["bits_per_weight"] for layer in inside), sizes)
     return next(name for most, name in TYPES if bits <= most)
 
 
