@@ -424,7 +424,9 @@ def slower(cells: list[Cell]) -> list[dict[str, Any]]:
 
 def _difference(ours: Cell, theirs: Cell) -> str:
     our, their = ours.row(), theirs.row()
-    if ours.tokens == 1:
+    if ours.cached:
+        said = "out of the caches: handing over counts, and how many instructions a weight takes"
+    elif ours.tokens == 1:
         said = (
             f"reads {their['bytes'] / our['bytes']:.2f} times our bytes at {their['share']:.2f} of "
             f"the memory limit, ours {our['share']:.2f}"
