@@ -485,6 +485,9 @@ def test_a_passing_memory_gives_the_same_and_stays_empty(mixed, cache):
         one._tensors[name].numel() * len(mixed.blocks) == tensor.numel()
         for name, tensor in whole._tensors.items()
     )
+    one.length = 1  # as if it remembered
+    with pytest.raises(UserError, match="a pass over 3 tokens"):
+        mixed.forward([(one, tokens(3))])
 
 
 @pytest.mark.parametrize(
