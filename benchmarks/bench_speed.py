@@ -6,8 +6,8 @@
 
 `demo` (results/speed-demo.json): the shipped integer recipes, one of them with a plan for more bits
 too, and the GGUF types of the same width, timed in the same rounds by `posttrain bench`, and scored
-on the same tokens by one `compare`. The GGUF files are made by llama.cpp from the demo's own. `1b` (results/speed-1b.json): a random
-checkpoint of Llama-3.2-1B's shape, rounded to nearest; only speed.
+on the same tokens by one `compare`. The GGUF files are made by llama.cpp from the demo's own. `1b`
+(results/speed-1b.json): a random checkpoint of Llama-3.2-1B's shape, rounded to nearest; only speed.
 """
 
 import argparse

@@ -120,6 +120,8 @@ def test_a_plan_meets_the_type_of_its_mean_width(tmp_path):
     large["bits_per_weight"] = 7.25
     (tmp_path / "posttrain.json").write_text(json.dumps(report), encoding="utf-8")
     assert gguf_peer.nearest_type(str(tmp_path)) == "Q8_0"
+    (tmp_path / "posttrain.json").write_text(json.dumps({"layers": [head]}), encoding="utf-8")
+    assert gguf_peer.nearest_type(str(tmp_path)) == "BF16"
 
 
 @ctranslate2

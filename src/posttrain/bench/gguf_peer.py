@@ -36,6 +36,8 @@ def nearest_type(model: str) -> str:
         return "BF16"
     layers = json.loads(report.read_text(encoding="utf-8"))["layers"]
     inside = [layer for layer in layers if layer["name"] != "lm_head"]
+    if not inside:
+        return "BF16"
     sizes = [math.prod(layer["shape"]) for layer in inside]
     bits = statistics.fmean((layer["bits_per_weight"] for layer in inside), sizes)
     return next(name for most, name in TYPES if bits <= most)
