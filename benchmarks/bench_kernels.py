@@ -425,7 +425,7 @@ def slower(cells: list[Cell]) -> list[dict[str, Any]]:
 def _difference(ours: Cell, theirs: Cell) -> str:
     our, their = ours.row(), theirs.row()
     if ours.cached:
-        said = "out of the caches: handing over counts, and how many instructions a weight takes"
+        said = f"{their['us']:.1f} us out of the caches, ours {our['us']:.1f}"
     elif ours.tokens == 1:
         said = (
             f"reads {their['bytes'] / our['bytes']:.2f} times our bytes at {their['share']:.2f} of "

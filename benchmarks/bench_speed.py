@@ -49,7 +49,7 @@ def main() -> None:
 def demo(args: argparse.Namespace) -> None:
     made = {}
     for recipe in (*RECIPES, PLANNED):
-        made[recipe] = WORK / f"speed-{recipe.replace(' --', '-').replace(' ', '')}"
+        made[recipe] = WORK / f"speed-{recipe.replace(' ', '')}"
         words = ("--recipe", *recipe.split(), "-o", str(made[recipe]), "--overwrite")
         run_json("quantize", "demo", *words)
     against = ("--against", "llama.cpp,transformers,ctranslate2", "--rounds", str(args.rounds))

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 import posttrain
 from posttrain import kernels
 from posttrain.errors import UserError
-from posttrain.lm.engine import NativeEngine, TorchEngine, engine, why_torch
+from posttrain.lm.engine import NativeEngine, TorchEngine, engine, losses_of, why_torch
 from posttrain.models.decoding import CACHES, MODEL_TYPES, decoder, no_decoder
 from posttrain.models.kv import parse_kv
 from posttrain.models.linear import QuantLinear
@@ -488,6 +488,19 @@ def test_a_passing_memory_gives_the_same_and_stays_empty(mixed, cache):
     one.length = 1  # as if it remembered
     with pytest.raises(UserError, match="a pass over 3 tokens"):
         mixed.forward([(one, tokens(3))])
+
+
+@pytest.mark.parametrize(
+    "length", [40, 600]
+)  # in the memory of one block; longer than one call takes
+def test_windows_are_scored_one_by_one(mixed, length):
+    windows = torch.tensor([tokens(length, seed) for seed in range(3)])
+    texts = windows.tolist()
+    logits = [mixed.forward([(mixed.memory(cache="fp32"), text)], keep=9)[:-1] for text in texts]
+    runner = NativeEngine(mixed)
+    assert torch.equal(torch.cat(list(runner.window_logits(windows, 9, 5))), torch.cat(logits))
+    losses = losses_of(iter(logits), windows, 9, 8)
+    assert torch.equal(runner.window_losses(windows, 9, 5), losses)
 
 
 @pytest.mark.parametrize(

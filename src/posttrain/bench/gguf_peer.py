@@ -8,7 +8,6 @@ speed, not to read its answers.
 import ctypes
 import json
 import math
-import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,8 @@ def nearest_type(model: str) -> str:
     if not inside:
         return "BF16"
     sizes = [math.prod(layer["shape"]) for layer in inside]
-    bits = statistics.fmean((layer["bits_per_weight"] for layer in inside), sizes)
+    stored = sum(n * layer["bits_per_weight"] for n, layer in zip(sizes, inside, strict=True))
+    bits = stored / sum(sizes)
     return next(name for most, name in TYPES if bits <= most)
 
 
