@@ -17,6 +17,7 @@ needs_native = pytest.mark.skipif(not kernels.available(), reason=kernels.find()
 # What each file must compile to, and what a processor that runs it may not have.
 INSTRUCTIONS = {
     "avx2.cpp": ("vpmaddubsw", "vfmadd"),
+    "avxvnni.cpp": ("{vex} vpdpbusd", "vfmadd"),
     "avx512.cpp": ("vpdpbusd", "zmm", "vpternlog"),
     "amx.cpp": ("tdpbsud", "tileloadd"),
 }
@@ -24,6 +25,7 @@ PLAIN = ("portable.cpp", "linear.cpp", "decoder.cpp", "sampling.cpp")
 INSTRUCTIONS |= dict.fromkeys(PLAIN, ())
 WIDER = {source: ("ymm", "zmm", "tdpb") for source in PLAIN} | {
     "avx2.cpp": ("zmm", "tdpb", "vpdpbusd"),
+    "avxvnni.cpp": ("zmm", "tdpb", "\tvpdpbusd", "vpmaddubsw"),  # the same as AVX-512 encodes it
     "avx512.cpp": ("tdpb",),
 }
 
@@ -79,6 +81,19 @@ def test_every_file_compiles_to_the_instructions_it_claims_and_to_no_wider_ones(
         assert instruction in listings[source]
     for instruction in WIDER.get(source, ()):
         assert instruction not in listings[source]
+
+
+@needs_native
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="looks for x86 instructions")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump and readelf")
+@pytest.mark.parametrize(
+    "source, instruction, least",
+    [("avx2.cpp", "vpmaddubsw", 8), ("avxvnni.cpp", "vpdpbusd", 12), ("avx512.cpp", "vpdpbusd", 24)],
+)
+def test_the_probe_of_the_peak_multiplies_all_that_it_counts(source, instruction, least, listings):
+    """As many registers as hold the sums of a tile: a compiler leaves out what nobody reads."""
+    probe = listings[source].split("multiply_registers", 1)[1].split(">:", 2)[1]
+    assert probe.count(instruction) >= least
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:

@@ -34,6 +34,7 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni"))]
 X86 = {
     "avx2.cpp": AVX2,
+    "avxvnni.cpp": [*AVX2, "-mavxvnni"],
     "avx512.cpp": AVX512,
     "amx.cpp": [*AVX512, "-mamx-tile", "-mamx-int8"],
 }

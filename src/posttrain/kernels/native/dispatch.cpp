@@ -23,6 +23,15 @@ bool has_avx2() {
 #endif
 }
 
+bool has_avxvnni() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & 1u << 4;
+#else
+  return false;
+#endif
+}
+
 bool has_avx512() {
 #if defined(__x86_64__)
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -77,6 +86,7 @@ bool always() { return true; }
 const Choice choices[] = {
     {amx_kernels, has_amx},
     {avx512_kernels, has_avx512},
+    {avxvnni_kernels, has_avxvnni},
     {avx2_kernels, has_avx2},
     {neon_kernels, always},
     {portable_kernels, always},

@@ -172,6 +172,7 @@ const Reading &reading(); /* what suits this processor (dispatch.cpp) */
 /* Null where the library was built for another architecture. */
 const Kernels *portable_kernels();
 const Kernels *avx2_kernels();
+const Kernels *avxvnni_kernels();
 const Kernels *avx512_kernels();
 const Kernels *amx_kernels();
 const Kernels *neon_kernels();

@@ -1132,11 +1132,15 @@ int32_t multiply_registers(int64_t rounds) {
   constexpr int n = kTile.panels * kTile.tokens < 4 ? 4 : kTile.panels * kTile.tokens;
   I32 sums[n];
   UNROLL for (int i = 0; i < n; i++) sums[i] = set_i32(i);
-  for (int64_t r = 0; r < rounds * 16 / n; r++) {
-    opaque(w); /* so that no product can be taken out of the loop */
-    UNROLL for (int i = 0; i < n; i++) sums[i] = dot<false>(sums[i], w, x);
-  }
+  for (int64_t r = 0; r < rounds * 16 / n; r++)
+    UNROLL for (int i = 0; i < n; i++) {
+      opaque(w); /* or a part of the product would be done once for all sums */
+      sums[i] = dot<false>(sums[i], w, x);
+    }
   UNROLL for (int i = 1; i < n; i++) sums[0] = add(sums[0], sums[i]);
+  float whole[kPanel]; /* a lane that nothing reads would not be multiplied */
+  store_bits(whole, sums[0]);
+  __asm__ volatile("" : : "r"(whole) : "memory");
   return first_lane(sums[0]);
 }
 
