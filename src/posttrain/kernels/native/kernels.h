@@ -157,7 +157,7 @@ struct Kernels {
   bool (*descend_columns)(const pt_columns &, const Thresholds &, int64_t row, float *values,
                           float *errors, const float *slopes);
   /* For the probes of probe.cpp. */
-  int32_t (*read_bytes)(const uint8_t *from, int64_t bytes);
+  int32_t (*read_bytes)(const uint8_t *from, int64_t bytes, int streams); /* 1 or 2 */
   int32_t (*multiply_registers)(int64_t rounds);
 };
 

@@ -264,7 +264,8 @@ PT_API void pt_set_streams(int32_t streams);
 PT_API int32_t pt_threads(void);
 
 /* What this machine can do with the threads and the instruction set in use: bytes per second read
- * from `memory`, and integer operations (2 per product) per second without any memory. */
+ * from `memory`, in one stream or two, whichever is faster, and integer operations (2 per product)
+ * per second without any memory. */
 PT_API double pt_probe_bandwidth(const void *memory, int64_t bytes);
 PT_API double pt_probe_peak(double seconds);
 

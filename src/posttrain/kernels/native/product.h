@@ -1108,20 +1108,31 @@ void quantize(const float *x, int64_t ldx, int64_t count, int64_t cols, const pt
 
 /* ------------------------------------------------------------------------------- probes */
 
-/* Reads every byte once, in two streams and asked for ahead, which is the fastest way there is on all
- * processors tried; the result keeps the reads alive. */
-int32_t read_bytes(const uint8_t *from, int64_t bytes) {
-  constexpr int streams = 2;
+/* What a probe computed; a lane that nothing reads would not be computed. */
+INLINE int32_t kept(I32 sum) {
+  float whole[kPanel];
+  store_bits(whole, sum);
+  __asm__ volatile("" : : "r"(whole) : "memory");
+  return first_lane(sum);
+}
+
+/* Reads every byte once, in so many streams and asked for ahead. */
+template <int Streams>
+INLINE int32_t read_in_streams(const uint8_t *from, int64_t bytes) {
   const Quad ones = broadcast4((const int8_t *)"\1\1\1\1");
-  const int64_t part = bytes / streams;
+  const int64_t part = bytes / Streams;
   I32 sums[4] = {set_i32(0), set_i32(0), set_i32(0), set_i32(0)};
   for (int64_t i = 0; i + 4 * kVector <= part; i += 4 * kVector)
-    UNROLL for (int s = 0; s < streams; s++) {
+    UNROLL for (int s = 0; s < Streams; s++) {
       const uint8_t *at = from + s * part + i;
       prefetch(at + kAhead, 4 * kVector);
       UNROLL for (int j = 0; j < 4; j++) sums[j] = dot<false>(sums[j], load_bytes(at + j * kVector), ones);
     }
-  return first_lane(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+  return kept(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+}
+
+int32_t read_bytes(const uint8_t *from, int64_t bytes, int streams) {
+  return streams == 1 ? read_in_streams<1>(from, bytes) : read_in_streams<2>(from, bytes);
 }
 
 /* Independent integer products of one step each, `rounds` times 16: only arithmetic. */
@@ -1138,10 +1149,7 @@ int32_t multiply_registers(int64_t rounds) {
       sums[i] = dot<false>(sums[i], w, x);
     }
   UNROLL for (int i = 1; i < n; i++) sums[0] = add(sums[0], sums[i]);
-  float whole[kPanel]; /* a lane that nothing reads would not be multiplied */
-  store_bits(whole, sums[0]);
-  __asm__ volatile("" : : "r"(whole) : "memory");
-  return first_lane(sums[0]);
+  return kept(sums[0]);
 }
 
 }  // namespace
