@@ -88,7 +88,11 @@ def test_every_file_compiles_to_the_instructions_it_claims_and_to_no_wider_ones(
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump and readelf")
 @pytest.mark.parametrize(
     "source, instruction, least",
-    [("avx2.cpp", "vpmaddubsw", 8), ("avxvnni.cpp", "vpdpbusd", 12), ("avx512.cpp", "vpdpbusd", 24)],
+    [
+        ("avx2.cpp", "vpmaddubsw", 8),
+        ("avxvnni.cpp", "vpdpbusd", 12),
+        ("avx512.cpp", "vpdpbusd", 24),
+    ],
 )
 def test_the_probe_of_the_peak_multiplies_all_that_it_counts(source, instruction, least, listings):
     """As many registers as hold the sums of a tile: a compiler leaves out what nobody reads."""
