@@ -1125,7 +1125,8 @@ INLINE int32_t read_in_streams(const uint8_t *from, int64_t bytes) {
   for (int64_t i = 0; i + 4 * kVector <= part; i += 4 * kVector)
     UNROLL for (int s = 0; s < Streams; s++) {
       const uint8_t *at = from + s * part + i;
-      prefetch(at + kAhead, 4 * kVector);
+      if constexpr (Streams == 1) prefetch_far(at + kAhead, 4 * kVector); /* as add_steps does */
+      else prefetch(at + kAhead, 4 * kVector);
       UNROLL for (int j = 0; j < 4; j++) sums[j] = dot<false>(sums[j], load_bytes(at + j * kVector), ones);
     }
   return kept(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
