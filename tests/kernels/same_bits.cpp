@@ -94,7 +94,7 @@ int main() {
     for (int bits = 2; bits <= 8; bits++)
       for (int group : {16, 32, 64, kCols})
         for (bool zero_points : {false, true})
-          for (int activation_bits : {0, 8})
+          for (int activation_bits : {0, 8, (int)PT_DIGITS})
             for (int tokens : {1, 3, 9, 20}) {
               Example example(bits, group, zero_points);
               pt_input input{};

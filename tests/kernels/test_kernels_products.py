@@ -37,9 +37,15 @@ IN_FLOATS = [
     ("fp8-e5m2", A8_GROUPED),
     ("w4g64", "mxfp8"),  # activations the kernels cannot quantize
 ]
+DIGITS = "digits"  # not a format: InputFormat.digits
+IN_DIGITS = [(name, DIGITS) for name in (
+    *(f"w{bits}g64" for bits in range(2, 9)), *(f"w{bits}" for bits in (2, 6, 8)),
+    "w4g16", "w6g32", "w3g128", "w4g32z", "w8g16z", "int4 | fp16/g48", "mxfp4", "nvfp4",
+)]  # fmt: skip
 SHAPES = [(16, 32), (1, 1), (17, 33), (48, 64), (100, 200), (5, 576), (130, 96), (64, 1000)]
 TOKENS = [1, 2, 3, 5, 9, 40]
 EPSILON = 2.0**-24
+LEFT_OUT = 2.0**-23 * (1 + 1 / 128)  # of a token's largest, when in digits: less than 2^-22
 
 
 @pytest.fixture(params=kernels.isas() if kernels.available() else ["none"])
@@ -58,9 +64,18 @@ def example(weights: str, rows: int, cols: int, tokens: int) -> tuple[QTensor, T
     return q, torch.randn(rows, generator=generator), x
 
 
+def enters(activations: str | None) -> InputFormat:
+    if activations == DIGITS:
+        return InputFormat.digits()
+    return InputFormat.of(None if activations is None else Spec.parse(activations))
+
+
+def snap(x: Tensor, activations: str | None) -> Tensor:
+    return x if activations in (None, DIGITS) else fake_quantize(x, activations)
+
+
 def product(x: Tensor, q: QTensor, bias: Tensor | None, activations: str | None) -> Tensor:
-    spec = None if activations is None else Spec.parse(activations)
-    (y,) = kernels.linear(x, [PackedWeight.from_qtensor(q, bias)], InputFormat.of(spec))
+    (y,) = kernels.linear(x, [PackedWeight.from_qtensor(q, bias)], enters(activations))
     return y
 
 
@@ -70,11 +85,17 @@ def bound(x: Tensor, q: QTensor, bias: Tensor) -> Tensor:
     return 2 * (x.shape[1] + 4) * EPSILON * reach
 
 
+def bound_of_digits(x: Tensor, q: QTensor, bias: Tensor) -> Tensor:
+    """Besides, what digits leave out of every activation."""
+    left_out = LEFT_OUT * x.double().abs().amax(1, keepdim=True)
+    return bound(x, q, bias) + left_out * q.dequantize().double().abs().sum(1)
+
+
 def takes(weights: str, cols: int) -> bool:
     return kernels.unsupported(Spec.parse(weights), cols) is None
 
 
-@pytest.mark.parametrize("weights,activations", [*IN_INTEGERS, *LOOKED_UP, *IN_FLOATS])
+@pytest.mark.parametrize("weights,activations", [*IN_INTEGERS, *LOOKED_UP, *IN_FLOATS, *IN_DIGITS])
 def test_products_match_the_reference(isa, weights, activations):
     seen = 0
     for rows, cols in SHAPES:
@@ -82,15 +103,16 @@ def test_products_match_the_reference(isa, weights, activations):
             continue
         for tokens in TOKENS if isa != "portable" else (1, 9):
             q, bias, x = example(weights, rows, cols, tokens)
-            snapped = x if activations is None else fake_quantize(x, activations)
+            snapped = snap(x, activations)
             want = snapped.double() @ q.dequantize().double().T + bias
             error = (product(x, q, bias, activations) - want).abs()
-            assert (error <= bound(snapped, q, bias)).all(), (rows, cols, tokens)
+            allowed = bound_of_digits if activations == DIGITS else bound
+            assert (error <= allowed(snapped, q, bias)).all(), (rows, cols, tokens)
             seen += 1
     assert seen
 
 
-@pytest.mark.parametrize("weights,activations", IN_FLOATS)
+@pytest.mark.parametrize("weights,activations", IN_FLOATS + IN_DIGITS)
 def test_a_token_through_many_rows_comes_out_as_in_a_prompt(isa, weights, activations):
     """Bit for bit; only shares of many rows are read several panels side by side."""
     q, bias, x = example(weights, 4200, 96, 9)
@@ -125,7 +147,7 @@ def test_integer_sums_are_exact(isa, weights, activations):
             assert torch.equal(product(small, q, None, activations)[exact], want[exact].float())
 
 
-@pytest.mark.parametrize("weights,activations", [*IN_INTEGERS, *LOOKED_UP])
+@pytest.mark.parametrize("weights,activations", [*IN_INTEGERS, *LOOKED_UP, *IN_DIGITS])
 def test_how_memory_is_read_changes_no_bit(isa, weights, activations):
     """Odd panels, rows shorter than what is asked for ahead, and one panel alone."""
     for rows, cols, tokens in [(16, 32, 1), (53, 640, 1), (100, 2080, 3), (37, 224, 8)]:
@@ -160,11 +182,12 @@ def test_the_torch_path_is_the_same_product(isa, weights, activations):
     assert (error <= bound(fake_quantize(x, activations), q, bias)).all()
 
 
+SAME_DIGITS = [("w6g64", DIGITS), ("w4g32z", DIGITS), ("w8", DIGITS), ("mxfp4", DIGITS)]
 SAME_BITS = [("w6g64", A8), ("w4g32z", A8_GROUPED), ("w8", A8), ("mxfp4", A8), ("nf4", None),
              ("w3g32", None), ("fp6", None), ("w4g16", "int8h | fp16/g16")]  # fmt: skip
 
 
-@pytest.mark.parametrize("weights,activations", SAME_BITS)
+@pytest.mark.parametrize("weights,activations", SAME_BITS + SAME_DIGITS)
 def test_a_token_comes_out_the_same_in_any_company(isa, weights, activations):
     """Bit for bit: alone, among many, on any number of threads, on any instruction set."""
     q, bias, x = example(weights, 150, 320, 50)
@@ -181,7 +204,7 @@ def test_a_token_comes_out_the_same_in_any_company(isa, weights, activations):
     assert torch.equal(product(x[:9], q, bias, activations), want[:9])
 
 
-@pytest.mark.parametrize("weights,activations", SAME_BITS[:4] + SAME_BITS[-1:])
+@pytest.mark.parametrize("weights,activations", SAME_BITS[:4] + SAME_BITS[-1:] + SAME_DIGITS)
 def test_what_is_cut_into_blocks_comes_out_the_same(isa, weights, activations):
     """Blocks of columns, of rows and of tokens, none of them whole, against a token at a time."""
     q, _, x = example(weights, 290, 1440, 600)
@@ -196,6 +219,72 @@ def test_what_is_cut_into_blocks_comes_out_the_same(isa, weights, activations):
             assert torch.equal(many[::64], product(x[::64], q, None, activations))
     finally:
         kernels.set_threads(0)
+
+
+def test_digits_are_whole_numbers_of_a_power_of_two_and_miss_no_more_than_they_say(isa):
+    """What the unit matrix gives back, about any magnitude and next to where the power changes."""
+    cols = 96
+    spec = Spec.parse("int8 | fp32/row")
+    ones = Scales(spec, (torch.ones(cols, 1),))
+    unit_matrix = QTensor(torch.eye(cols, dtype=torch.int8), ones, spec)
+    generator = torch.Generator().manual_seed(15)
+    largest = torch.tensor([1.0, 127 * 65793 / 2**23, 1.5, 2.0]).repeat(3)
+    for exponent in (-103, -60, -1, 0, 3, 90, 126):
+        edges = largest * 2.0**exponent
+        edges[4:8] = edges[4:8].nextafter(torch.tensor(0.0))
+        edges[8:] = edges[8:].nextafter(torch.tensor(torch.inf))
+        x = (torch.rand(13, cols, generator=generator) - 0.5) * 2
+        x = x ** torch.randint(1, 9, x.shape, generator=generator)
+        x[:-1] *= edges[:, None]
+        x[:-1, 7] = edges.minimum(torch.tensor(torch.finfo(torch.float32).max))
+        x[1::2] *= -1
+        x[-1] = 0.0
+        for tokens in (1, 13):
+            (y,) = kernels.linear(
+                x[-tokens:], [PackedWeight.from_qtensor(unit_matrix)], enters(DIGITS)
+            )
+            absmax = x[-tokens:].abs().amax(1, keepdim=True)
+            assert ((y - x[-tokens:]).abs() <= absmax * LEFT_OUT).all()
+            power = absmax.log2().floor().exp2()
+            whole = y.double() / power.double() * 2.0**22
+            assert (absmax == 0).logical_or(whole == whole.round()).all()
+
+
+def test_tokens_that_are_not_finite_spoil_no_other(isa):
+    q, bias, x = example("w6g64", 40, 96, 14)
+    whole = product(x, q, bias, DIGITS)
+    x[3, 5], x[4, 90], x[9, 0] = torch.nan, torch.inf, -torch.inf
+    broken = torch.zeros(14, dtype=torch.bool)
+    broken[[3, 4, 9]] = True
+    for tokens in (4, 14):
+        y = product(x[:tokens], q, bias, DIGITS)
+        assert torch.equal(y[~broken[:tokens]], whole[:tokens][~broken[:tokens]])
+        assert not y[broken[:tokens]].isfinite().any()
+
+
+def test_only_weights_of_codes_meet_digits(isa):
+    _, bias, x = example("nf4", 40, 96, 11)
+    floats = torch.randn(40, 96, generator=torch.Generator().manual_seed(16))
+    table = PackedWeight.from_qtensor(quantize(floats, "nf4"), bias)
+    for weight in (table, PackedWeight.from_tensor(floats), PackedWeight.in_place(floats)):
+        for rotate_first in (False, True):
+            whole = kernels.linear(x, [weight], InputFormat.of(None, rotate_first))
+            digits = kernels.linear(x, [weight], InputFormat.digits(rotate_first))
+            assert torch.equal(whole[0], digits[0])
+    with pytest.raises(UserError, match="activations"):
+        kernels.quantize_input(x, InputFormat.digits())
+
+
+def test_digits_are_chosen_where_bytes_are_multiplied_fast(isa):
+    fast = isa not in ("portable", "avx2", "neon-dotprod")
+    assert (InputFormat.unrounded().struct.bits == InputFormat.digits().struct.bits) == fast
+    q, bias, x = example("w4g64", 70, 640, 5)
+    packed = [PackedWeight.from_qtensor(q, bias)]
+    for rotate_first in (False, True):
+        (y,) = kernels.linear(x, packed, InputFormat.unrounded(rotate_first))
+        seen = rotate(x) if rotate_first else x
+        want = seen.double() @ q.dequantize().double().T + bias
+        assert ((y - want).abs() <= bound_of_digits(seen, q, bias)).all()
 
 
 def test_floats_are_multiplied_as_they_are(isa):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from posttrain.errors import UserError
 
-ABI = 9
+ABI = 10
 LIBRARY = Path(__file__).with_name("_native.so")
 BUILD = "python -m posttrain.kernels.build"
 STAGES = {"integer": 0, "lookup": 1, "table": 2, "float": 3, "rows": 4}
@@ -172,6 +172,7 @@ _SIGNATURES = {
     "pt_sources": (ctypes.c_char_p, []),
     "pt_isa": (ctypes.c_char_p, []),
     "pt_isas": (ctypes.c_char_p, []),
+    "pt_digits_are_fast": (_i32, []),
     "pt_use": (_i32, [ctypes.c_char_p]),
     "pt_set_threads": (None, [_i32]),
     "pt_set_streams": (None, [_i32]),

@@ -22,6 +22,8 @@ from posttrain.numbers import QTensor, Spec, fake_quantize
 PANEL = 16  # rows that lie together (layout.h)
 GROUP_STEP = 16  # scale groups are multiples of this many columns
 LONGEST_GROUP = 32768  # integer sums of longer ones could overflow 32 bits (layout.h)
+DIGITS = 24  # PT_DIGITS of posttrain.h
+WHOLE_ROWS = 2**31 - 1  # columns of a group that is as long as any row
 _FLOATS = {torch.float32: (32, 0), torch.bfloat16: (16, 2), torch.float16: (16, 1)}
 
 
@@ -49,7 +51,11 @@ def scale_width(spec: Spec, cols: int) -> int:
 
 @dataclass(frozen=True)
 class InputFormat:
-    """How activations enter a product: as float32, or as integers of at most 8 bits.
+    """How activations enter a product: as integers of at most 8 bits, as float32, or in digits.
+
+    In digits means: as integers of 24 bits under a power of two for each token, which changes them by
+    less than 2^-22 of the token's largest, and these as three of 8 bits, multiplied in integers with
+    weights that are. It takes the place of float32 where that is slower.
 
     `struct` is what the kernels get. `spec` is set where `numbers` has to quantize the activations
     first, because the kernels do not know the format.
@@ -64,10 +70,22 @@ class InputFormat:
         if spec is not None and _quantized_natively(spec):
             (factor,) = spec.factors
             low, high = int(spec.grid.lo), int(spec.grid.hi)  # type: ignore[attr-defined]
-            group = factor.partition.cols or 2**31 - 1
+            group = factor.partition.cols or WHOLE_ROWS
             scale = SCALE_TYPES[factor.grid_name]
             return cls(Input(spec.bits, group, low, high, scale, rotate, spec.grid.top))
-        return cls(Input(0, 2**31 - 1, 0, 0, 0, rotate, 1.0), spec)
+        return cls(Input(0, WHOLE_ROWS, 0, 0, 0, rotate, 1.0), spec)
+
+    @classmethod
+    def digits(cls, rotate: bool = False) -> "InputFormat":
+        """For activations that enter in digits, rotated first if `rotate`."""
+        return cls(Input(DIGITS, WHOLE_ROWS, 0, 0, 0, rotate, 1.0))
+
+    @classmethod
+    def unrounded(cls, rotate: bool = False) -> "InputFormat":
+        """For activations that no format rounds: in digits or as float32, whichever the instruction set
+        in use multiplies faster."""
+        fast = library.native().pt_digits_are_fast()
+        return cls.digits(rotate) if fast else cls.of(None, rotate)
 
 
 def _quantized_natively(spec: Spec) -> bool:

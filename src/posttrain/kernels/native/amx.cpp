@@ -126,7 +126,7 @@ struct Scaling {
 };
 
 /* The sums of the first or the last segment, of tile `i`: none came before, or the result is due,
- * y = fma(floats, token scale, bias), as write_tile has it. */
+ * y = fma(floats, token scale, bias or the digits before), as write_tile has it. */
 template <bool Rows, bool TokenScales, bool Zeros>
 void end_tile(const Product &product, const Pass &pass, int64_t segment, int64_t i, const Sums &sums) {
   const pt_weight &w = *product.weight;
@@ -147,10 +147,11 @@ void end_tile(const Product &product, const Pass &pass, int64_t segment, int64_t
   if (x.scale_groups == 1) factors = mul(load_floats(x.scales + token), factors); /* of 16 tokens */
   alignas(64) float factor[kSide];
   _mm512_store_ps(factor, factors.v);
-  float *y = product.y + token * product.ldy + row;
   for (int64_t t = 0; t < left && t < kSide; t++) {
     const F32 before = first ? set_f32(0.0f) : F32{_mm512_load_ps(floats + t * kPanel)};
-    store_some(y + t * product.ldy, fma(scaling.added(t, before), set_f32(factor[t]), bias), count);
+    float *y = product.y + x.row_of(token + t) * product.ldy + row;
+    const F32 start = x.joins(token + t) ? load_some(y, count) : bias;
+    store_some(y, fma(scaling.added(t, before), set_f32(factor[t]), start), count);
   }
 }
 
@@ -317,8 +318,9 @@ void multiply(const Product &product, const Share &share, int64_t step, uint8_t 
     for (int64_t token = share.token; token < share.token_end; token += kTokens) {
       ahead.step();
       const int64_t tokens = share.token_end - token < kTokens ? share.token_end - token : kTokens;
-      float *y = product.y + token * product.ldy + block.panel * kPanel;
-      Output output{(const uint8_t *)y, product.ldy * (int64_t)sizeof(float), last ? tokens : 0,
+      const int64_t row = x.row_of(token), rows = x.row_of(token + tokens - 1) + 1 - row;
+      const float *y = product.y + row * product.ldy + block.panel * kPanel;
+      Output output{(const uint8_t *)y, product.ldy * (int64_t)sizeof(float), last ? rows : 0,
                     ceil_div(kTokens, ceil_div(columns, step))};
       passes.multiply({{codes.first, second}, x.codes_at(token, block.begin), columns,
                        Rows ? 0 : block.begin / x.segment, block.panel, panels, token, tokens, first, last,

@@ -123,6 +123,11 @@ const char *pt_isa(void) {
   return active_kernels().name;
 }
 
+int32_t pt_digits_are_fast(void) {
+  std::lock_guard<std::mutex> guard(engine_lock());
+  return active_kernels().digits_are_fast;
+}
+
 int32_t pt_use(const char *isa) {
   std::lock_guard<std::mutex> guard(engine_lock());
   const Kernels *found = find(isa);

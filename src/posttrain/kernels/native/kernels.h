@@ -21,9 +21,15 @@
 /* Tiles of tokens may read, and ignore, some beyond the last. */
 static const int64_t kTokenSlack = 32;
 
+/* Digits to base 256 of PT_DIGITS, the lowest first. */
+static const int64_t kDigits = 3;
+
 /* Activations ready to multiply, padded with zeros to whole units of columns. */
 struct Activations {
   int64_t tokens, stride;
+  /* Of codes that stand for a single token, one below the other: 1, or kDigits, which are added up in y.
+   * A share holds all of a token. */
+  int64_t digits;
   const float *values; /* [tokens, stride], for products in float32; else NULL */
   /* [blocks of `block` columns][tokens + kTokenSlack, stride]: what `gemm` multiplies together lies
    * together; `gemv` wants a single block. */
@@ -40,6 +46,9 @@ struct Activations {
     const int64_t in_block = column % block;
     return codes + ((column / block) * (tokens + kTokenSlack) + token) * stride + in_block;
   }
+  /* The row of y that a token is part of, and whether another comes before it there. */
+  int64_t row_of(int64_t token) const { return digits == 1 ? token : token / kDigits; }
+  bool joins(int64_t token) const { return digits > 1 && token % kDigits; }
 };
 
 /* One weight, its activations and where the result goes. */
@@ -127,6 +136,7 @@ static const int64_t kPartitionRun = 1024; /* numbers between two looks at the l
 
 struct Kernels {
   const char *name;
+  bool digits_are_fast; /* see pt_digits_are_fast */
   /* The tile `gemm` works in: what shares should be multiples of. */
   TileShape (*gemm_tile)(const Product &);
   /* Few tokens: packed codes are unpacked on the way into the product. */
@@ -137,7 +147,8 @@ struct Kernels {
   Codes (*unpack)(const pt_weight &, const Block &, uint8_t *scratch);
   /* One token times the block-Hadamard matrix of models/rotation.py; `to` may be `from`. */
   void (*rotate)(const float *from, float *to, int64_t cols);
-  /* x [count, cols], tokens from `token` on, to codes, scales and segment sums. */
+  /* x [count, cols], tokens from `token` on, to codes, scales and segment sums. Of PT_DIGITS each becomes
+   * kDigits tokens. */
   void (*quantize)(const float *x, int64_t ldx, int64_t count, int64_t cols, const pt_input &, int64_t token,
                    Activations &);
   /* Between the products of a decoder block (block.h). */

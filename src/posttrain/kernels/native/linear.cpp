@@ -35,6 +35,8 @@ Workspace &workspace() {
   return *space;
 }
 
+bool few(const Activations &x) { return x.tokens <= kFewTokens; }
+
 int64_t group_of(int64_t group, int64_t cols) {
   if (group <= 0 || group > cols) group = cols;
   return group;
@@ -55,6 +57,7 @@ bool valid(const pt_weight &w) {
 
 bool valid(const pt_input &in, int64_t cols) {
   if (in.bits == 0) return true;
+  if (in.bits == PT_DIGITS) return in.group >= cols;
   if (in.bits < 2 || in.bits > 8 || in.lo < -128 || in.hi > 127 || !(in.top > 0)) return false;
   if (in.scale_type != PT_F32 && in.scale_type != PT_F16) return false;
   return in.group >= cols || (in.group > 0 && in.group % 16 == 0);
@@ -69,7 +72,7 @@ int64_t segment_of(const pt_weight &w, int64_t x_group) {
   return segment > kLongestSegment ? std::gcd(segment, kLongestSegment) : segment;
 }
 
-/* What activations have to be for a weight: quantized, to meet groups of so many columns, or 0: floats. */
+/* What activations have to be for a weight: codes, to meet groups of so many columns, or 0: floats. */
 int64_t form_of(const pt_weight &w, const pt_input &in) {
   return in.bits && w.stage <= PT_LOOKUP ? group_of(w.group, w.cols) : 0;
 }
@@ -86,32 +89,33 @@ pt_weight rows_of(const pt_weight &w, int64_t first, int64_t count) {
   return part;
 }
 
-/* The activations of one call, prepared for weights whose segments are `segment` columns long. */
+/* The activations of one call, prepared for weights. */
 class Prepared {
  public:
   Prepared(const Kernels &kernels, const float *x, int64_t ldx, int64_t tokens, int64_t cols,
            const pt_input &in)
-      : kernels_(kernels), in_(in), x_(x), ldx_(ldx), tokens_(tokens), cols_(cols), few_(tokens <= kFewTokens) {}
+      : kernels_(kernels), in_(in), x_(x), ldx_(ldx), tokens_(tokens), cols_(cols) {}
 
-  /* For weights of `groups` groups of `group` columns; what the sums of `products` of them start at is
-   * set as well. */
+  /* As codes, for weights of `groups` groups of `group` columns; what the sums of `products` of them start
+   * at is set as well. */
   Activations quantized(int64_t segment, int64_t groups, int64_t group, Product *products = nullptr, int count = 0) {
     Activations a{};
-    a.tokens = tokens_;
+    a.digits = in_.bits == PT_DIGITS ? kDigits : 1;
+    a.tokens = tokens_ * a.digits;
     a.scale_group = group_of(in_.group, cols_);
     a.scale_groups = ceil_div(cols_, a.scale_group);
     a.segment = segment, a.segments = ceil_div(cols_, segment);
     a.weight_groups = groups;
     a.segments_per_group = ceil_div(group, segment);
     a.segments_per_scale = ceil_div(a.scale_group, segment);
-    a.block = few_ ? padded(cols_) : std::min(padded(cols_), block_columns(padded(cols_), segment));
+    a.block = few(a) ? padded(cols_) : std::min(padded(cols_), block_columns(padded(cols_), segment));
     /* An odd number of cache lines: rows a power of two apart would share few lines of a cache. */
     a.stride = (ceil_div(a.block, kVector) | 1) * kVector;
     const int64_t blocks = ceil_div(cols_, a.block);
-    a.codes = workspace().codes.get<int8_t>(blocks * (tokens_ + kTokenSlack) * a.stride);
-    a.scales = workspace().scales.get<float>((tokens_ + kTokenSlack) * a.scale_groups);
-    a.sums = workspace().sums.get<int32_t>((tokens_ + kTokenSlack) * a.segments);
-    const int64_t sums = tokens_ * a.segments;
+    a.codes = workspace().codes.get<int8_t>(blocks * (a.tokens + kTokenSlack) * a.stride);
+    a.scales = workspace().scales.get<float>((a.tokens + kTokenSlack) * a.scale_groups);
+    a.sums = workspace().sums.get<int32_t>((a.tokens + kTokenSlack) * a.segments);
+    const int64_t sums = a.tokens * a.segments;
     int32_t *starts = workspace().starts.get<int32_t>(count * sums);
     auto zero = [&](int i) { return products[i].weight->zero; };
     for (int i = 0; i < count; i++) /* weights with the same zero point share theirs */
@@ -121,8 +125,8 @@ class Prepared {
       for (int i = 0; i < count; i++) {
         int32_t *row = starts + i * sums;
         if (products[i].starts != row) continue;
-        for (int64_t s = 0; s < a.segments; s++, row += tokens_)
-          for (int64_t t = first; t < first + n; t++) row[t] = -zero(i) * a.sums[t * a.segments + s];
+        for (int64_t s = 0; s < a.segments; s++, row += a.tokens)
+          for (int64_t t = first * a.digits; t < (first + n) * a.digits; t++) row[t] = -zero(i) * a.sums[t * a.segments + s];
       }
     });
     return a;
@@ -140,19 +144,20 @@ class Prepared {
 
   /* As floats: the activations themselves, or what their codes stand for. */
   Activations floats() {
+    const bool rounds = in_.bits && in_.bits != PT_DIGITS;
     Activations codes{};
-    if (in_.bits) codes = quantized(padded(cols_), 1, cols_);
+    if (rounds) codes = quantized(padded(cols_), 1, cols_);
     Activations a{};
-    a.tokens = tokens_, a.stride = padded(cols_);
+    a.tokens = tokens_, a.digits = 1, a.stride = padded(cols_);
     a.scale_group = cols_, a.scale_groups = 1;
-    if (!in_.bits && !in_.rotate && a.stride == cols_ && ldx_ == cols_) {
+    if (!rounds && !in_.rotate && a.stride == cols_ && ldx_ == cols_) {
       a.values = x_;
       return a;
     }
     float *values = workspace().values.get<float>(tokens_ * a.stride);
     a.values = values;
     auto pad = [&](float *row) { memset(row + cols_, 0, (a.stride - cols_) * sizeof(float)); };
-    if (!in_.bits) {
+    if (!rounds) {
       for_rows([&](int64_t first, int64_t n, const float *rows, int64_t ld) {
         for (int64_t t = first; t < first + n; t++, rows += ld) {
           memcpy(values + t * a.stride, rows, cols_ * sizeof(float));
@@ -199,7 +204,6 @@ class Prepared {
   const pt_input &in_;
   const float *x_;
   int64_t ldx_, tokens_, cols_;
-  bool few_;
 };
 
 /* How products of few tokens are divided: `shares` times so many panels of one of the weights. */
@@ -245,7 +249,8 @@ void expect_all(const Weights &next) {
 }
 
 /* Products of few tokens that share activations, as one list of items for the pool. */
-void multiply_few(const Kernels &kernels, const std::vector<Product> &products, int64_t tokens) {
+void multiply_few(const Kernels &kernels, const std::vector<Product> &products) {
+  const int64_t tokens = products[0].x.tokens;
   const Division few = divided(products.size(), [&](int64_t i) -> const pt_weight & { return *products[i].weight; });
   /* All that the threads have to read to know their work: see parallel_for. */
   parallel_for(few.shares, [gemv = kernels.gemv, first = products.data(), panels = few.panels, tokens](int64_t share, int) {
@@ -258,8 +263,8 @@ void multiply_few(const Kernels &kernels, const std::vector<Product> &products, 
 }
 
 /* The same of many tokens: shares are so many panels times so many tokens. */
-void multiply_many(const Kernels &kernels, const std::vector<Product> &products, int64_t tokens) {
-  const int64_t threads = thread_count();
+void multiply_many(const Kernels &kernels, const std::vector<Product> &products) {
+  const int64_t threads = thread_count(), tokens = products[0].x.tokens;
   int64_t total = 0, blocks = 0, scratch = 0;
   for (auto &p : products) total += panels_of(p.weight->rows);
   const TileShape tile = kernels.gemm_tile(products[0]); /* the same for all: they share segments */
@@ -275,7 +280,8 @@ void multiply_many(const Kernels &kernels, const std::vector<Product> &products,
    * thread may be far away. It unpacks more weights then, so there have to be more tokens. */
   const bool by_tokens = total < kManyPanels && 2 * total < tokens && divisible(std::max(parts, threads));
   if (by_tokens) parts = ceil_div(std::max(parts, threads), threads) * threads;
-  const int64_t per_part = ceil_div(ceil_div(tokens, parts), tile.tokens) * tile.tokens;
+  const int64_t whole = std::lcm(tile.tokens, products[0].x.digits); /* tiles, and tokens in digits */
+  const int64_t per_part = ceil_div(ceil_div(tokens, parts), whole) * whole;
   parts = ceil_div(tokens, per_part);
   for (auto &p : products) scratch = std::max(scratch, gemm_scratch(kernels, p, per_part));
   uint8_t *memory = workspace().scratch.get<uint8_t>(scratch * threads);
@@ -322,11 +328,11 @@ void multiply_all(const pt_product &product, Weights next) {
     for (; first < product.count && form_of(*weights[first], input) == group; first++)
       products.push_back({weights[first], {}, nullptr, product.y[first], product.ldy[first]});
     prepared.give(products);
-    if (tokens > kFewTokens) {
-      multiply_many(kernels, products, tokens);
+    if (!few(products[0].x)) {
+      multiply_many(kernels, products);
     } else {
       if (first == product.count) expect_all(next);
-      multiply_few(kernels, products, tokens);
+      multiply_few(kernels, products);
     }
   }
 }
@@ -340,8 +346,8 @@ void multiply_in_parts(const pt_weight &weight, const float *x, int64_t tokens, 
   prepared.give(products);
   for (int64_t first = 0; first < weight.rows; first += rows) {
     part = rows_of(weight, first, std::min<int64_t>(rows, weight.rows - first));
-    if (tokens > kFewTokens) multiply_many(kernels, products, tokens);
-    else multiply_few(kernels, products, tokens);
+    if (few(products[0].x)) multiply_few(kernels, products);
+    else multiply_many(kernels, products);
     then(first, part.rows);
   }
 }
@@ -366,7 +372,7 @@ int32_t pt_linear(const pt_product *products, int32_t count) {
 int32_t pt_quantize(const float *x, int64_t ldx, int64_t tokens, int32_t cols,
                     const pt_input *input, int8_t *codes, float *scales) {
   if (cols < 1 || tokens < 0) return PT_BAD_SHAPE;
-  if (input->bits == 0 || !valid(*input, cols)) return PT_BAD_FORMAT;
+  if (input->bits == 0 || input->bits == PT_DIGITS || !valid(*input, cols)) return PT_BAD_FORMAT;
   if (tokens == 0) return PT_OK;
   return guarded([&] {
     Prepared prepared(active_kernels(), x, ldx, tokens, cols, *input);

@@ -339,7 +339,7 @@ INLINE void encode(const float *x, int64_t count, float scale, const pt_input &i
 #include "product.h"
 
 const Kernels *neon_kernels() {
-  static const Kernels kernels = kernels_named("neon-dotprod");
+  static const Kernels kernels = kernels_named("neon-dotprod", false);
   return &kernels;
 }
 #else

@@ -240,6 +240,6 @@ static inline void encode(const float *x, int64_t count, float scale, const pt_i
 #include "product.h"
 
 const Kernels *portable_kernels() {
-  static const Kernels kernels = kernels_named("portable");
+  static const Kernels kernels = kernels_named("portable", false);
   return &kernels;
 }

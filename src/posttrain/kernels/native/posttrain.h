@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 /* Raised with every change of a struct or a signature; Python refuses any other. */
-#define PT_ABI 9
+#define PT_ABI 10
 PT_API int32_t pt_abi(void);
 /* Hash of the sources this library was built from (build.py), or "". */
 PT_API const char *pt_sources(void);
@@ -69,7 +69,10 @@ typedef struct {
   const float *bias;     /* [rows] or NULL */
 } pt_weight;
 
-/* How activations enter: left as float32 (bits 0), or integers lo..hi under scale absmax / top. */
+/* How activations enter: left as float32 (bits 0); integers lo..hi under scale absmax / top (bits 2..8);
+ * or changed by less than 2^-22 of the largest of their token (bits PT_DIGITS), when weights of PT_INTEGER
+ * and PT_LOOKUP meet them as three INT8 digits to base 256, and others as float32. */
+enum { PT_DIGITS = 24 };
 typedef struct {
   int32_t bits;
   int32_t group; /* columns per scale: a multiple of 16, or at least cols for one per token */
@@ -254,6 +257,8 @@ PT_API int32_t pt_step(const pt_model *model, const pt_sequence *sequences, int3
 /* Name of the instruction set in use; `pt_use` chooses one ("" for the best), 0 when it cannot. */
 PT_API const char *pt_isa(void);
 PT_API int32_t pt_use(const char *isa);
+/* Whether weights of codes meet three INT8 digits sooner than one float32, in the instruction set in use. */
+PT_API int32_t pt_digits_are_fast(void);
 /* The instruction sets built into this library that this processor has, comma-separated. */
 PT_API const char *pt_isas(void);
 

@@ -9,6 +9,7 @@
  *
  *     y = fma(sum over segments of fma(float(integer sum), scale, .), token scale * multiplier, bias)
  *
+ * where of a token in digits the second adds to the first's y, in place of the bias, and the third to that;
  * and, for products in float32, one column after the other within a group.
  */
 #include <type_traits>
@@ -239,13 +240,14 @@ INLINE void write_tile(F32 (&floats)[P][T], const Tile &tile) {
   UNROLL for (int t = 0; t < T; t++) {
     const int64_t token = tile.token + t;
     float scale = x.scales && x.scale_groups == 1 ? x.scales[token] * w.multiplier : w.multiplier;
+    const bool joins = x.joins(token);
     UNROLL for (int p = 0; p < P; p++) {
       int64_t row = (tile.panel + p) * kPanel;
       int64_t count = w.rows - row < kPanel ? w.rows - row : kPanel;
-      if (count <= 0) return;
-      F32 bias = w.bias ? load_some(w.bias + row, count) : set_f32(0.0f);
-      store_some(tile.product.y + token * tile.product.ldy + row,
-                 fma(floats[p][t], set_f32(scale), bias), count);
+      if (count <= 0) break;
+      float *y = tile.product.y + x.row_of(token) * tile.product.ldy + row;
+      F32 start = joins ? load_some(y, count) : w.bias ? load_some(w.bias + row, count) : set_f32(0.0f);
+      store_some(y, fma(floats[p][t], set_f32(scale), start), count);
     }
   }
 }
@@ -382,8 +384,9 @@ INLINE void add_columns(I32 (&sums)[P][T], const Tile &tile, const int8_t *value
 /* Asks for the memory that the last block of a tile is written to. */
 template <int P, int T>
 INLINE void ask_for_output(const Tile &tile) {
-  const float *y = tile.product.y + tile.token * tile.product.ldy + tile.panel * kPanel;
-  UNROLL for (int t = 0; t < T; t++) prefetch_far((const uint8_t *)(y + t * tile.product.ldy), P * kVector);
+  const float *y = tile.product.y + tile.panel * kPanel;
+  UNROLL for (int t = 0; t < T; t++)
+    prefetch_far((const uint8_t *)(y + tile.product.x.row_of(tile.token + t) * tile.product.ldy), P * kVector);
 }
 
 /* P panels x T tokens x a block of columns under a single scale; integer sums are carried. */
@@ -751,13 +754,21 @@ INLINE void with_count(int64_t n, F f) {
   }
 }
 
+/* The same of tokens. Three, which is also one in digits, are worth a pass of their own. */
+template <int Most, class F>
+INLINE void with_tokens(int64_t n, F f) {
+  if constexpr (Most == 4)
+    if (n == 3) return f(Constant<3>{});
+  with_count<Most>(n, f);
+}
+
 /* Walks a share in tiles of up to P panels and T tokens: tile(P', T', panel, token). */
 template <int P, int T, class F>
 INLINE void for_tiles(const Share &s, F tile) {
   for (int64_t panel = s.panel; panel < s.panel_end;) {
     with_count<P>(s.panel_end - panel, [&](auto panels) {
       for (int64_t token = s.token; token < s.token_end;) {
-        with_count<T>(s.token_end - token, [&](auto tokens) {
+        with_tokens<T>(s.token_end - token, [&](auto tokens) {
           tile(panels, tokens, panel, token);
           token += tokens.value;
         });
@@ -1068,10 +1079,61 @@ void encode_columns(const float *x, int64_t begin, int64_t end, float scale, con
   for (int64_t k = begin; k < end; k++) codes[k - begin] = (int8_t)code_of(x[k], scale, in);
 }
 
+/* Ends the codes of a token of `cols` columns: the zeros that follow, and the sums. */
+void end_codes(int64_t token, int64_t cols, Activations &out) {
+  auto codes_at = [&](int64_t column) { return const_cast<int8_t *>(out.codes_at(token, column)); };
+  const int64_t whole = padded(cols), block = out.block;
+  for (int64_t k = cols; k < whole; k++) *codes_at(k) = 0;
+  int32_t *sums = const_cast<int32_t *>(out.sums) + token * out.segments;
+  for (int64_t s = 0; s < out.segments; s++) sums[s] = 0;
+  /* Half a unit of padding is no segment, and blocks are whole ones or parts of the only one. */
+  const int64_t summed = out.segments * out.segment < whole ? out.segments * out.segment : whole;
+  for (int64_t begin = 0; begin < summed; begin += block) {
+    const int64_t columns = begin + block < summed ? block : summed - begin;
+    sums_of(codes_at(begin), out.segment, columns, sums + begin / out.segment);
+  }
+}
+
+/* The power of two that numbers of this absmax (as in scale_of) are counted in, so that none has more than
+ * three digits: 127 * (1 + 256 + 65536) is the largest that has. */
+INLINE float unit_of(uint32_t absmax_bits) {
+  const int32_t exponent = (int32_t)(absmax_bits >> 23) - 22;
+  const uint32_t unit = (uint32_t)(exponent < 1 ? 1 : exponent) << 23; /* smaller ones have no reciprocal */
+  const float largest = float_of_bits(absmax_bits) / float_of_bits(unit);
+  return float_of_bits(largest > 127.0f * 65793.0f ? unit + (1u << 23) : unit);
+}
+
+/* Each token as kDigits of them: integers under a power of two, lowest digit first. */
+void split(const float *x, int64_t ldx, int64_t count, int64_t cols, int64_t token, Activations &out) {
+  const uint32_t infinity = 0x7f800000u;
+  for (int64_t t = 0; t < count; t++, x += ldx, token += kDigits) {
+    const uint32_t absmax = largest_magnitude(x, cols);
+    const bool finite = absmax < infinity; /* else none of the result is */
+    const float unit = finite ? unit_of(absmax) : __builtin_nanf("");
+    const F32 per_unit = set_f32(1.0f / unit);
+    for (int64_t begin = 0; begin < cols; begin += kPanel) {
+      const int64_t left = cols - begin < kPanel ? cols - begin : kPanel;
+      alignas(64) int32_t numbers[kPanel] = {};
+      if (finite) store_bits((float *)numbers, rounded(mul(load_some(x + begin, left), per_unit)));
+      int8_t *to = const_cast<int8_t *>(out.codes_at(token, begin));
+      for (int d = 0; d < 3; d++, to += out.stride) {
+        for (int i = 0; i < 16; i++) {
+          const int32_t digit = (int8_t)numbers[i];
+          to[i] = (int8_t)digit, numbers[i] = (numbers[i] - digit) >> 8;
+        }
+      }
+    }
+    float *scales = const_cast<float *>(out.scales) + token;
+    scales[0] = unit, scales[1] = unit * 0x1p8f, scales[2] = unit * 0x1p16f;
+    for (int64_t d = 0; d < kDigits; d++) end_codes(token + d, cols, out);
+  }
+}
+
 /* Scales of all tokens first: the largest of the next is found while that of one is awaited. */
 void quantize(const float *x, int64_t ldx, int64_t count, int64_t cols, const pt_input &in, int64_t token,
               Activations &out) {
-  const int64_t whole = padded(cols), block = out.block;
+  if (in.bits == PT_DIGITS) return split(x, ldx, count, cols, token * kDigits, out);
+  const int64_t block = out.block;
   float *const all_scales = const_cast<float *>(out.scales) + token * out.scale_groups;
   for (int64_t t = 0; t < count; t++)
     for (int64_t g = 0, begin = 0; g < out.scale_groups; g++, begin += out.scale_group) {
@@ -1080,8 +1142,6 @@ void quantize(const float *x, int64_t ldx, int64_t count, int64_t cols, const pt
     }
   /* Below what it is for infinity, all that it is the scale of are finite. */
   const float endless = scale_of(0x7f800000u, in);
-  /* Half a unit of padding is no segment, and blocks are whole ones or parts of the only one. */
-  const int64_t summed = out.segments * out.segment < whole ? out.segments * out.segment : whole;
   for (int64_t t = 0; t < count; t++, x += ldx, token++) {
     const float *scales = all_scales + t * out.scale_groups;
     auto codes_at = [&](int64_t column) { return const_cast<int8_t *>(out.codes_at(token, column)); };
@@ -1096,13 +1156,7 @@ void quantize(const float *x, int64_t ldx, int64_t count, int64_t cols, const pt
         begin = to;
       }
     }
-    for (int64_t k = cols; k < whole; k++) *codes_at(k) = 0;
-    int32_t *sums = const_cast<int32_t *>(out.sums) + token * out.segments;
-    for (int64_t s = 0; s < out.segments; s++) sums[s] = 0;
-    for (int64_t begin = 0; begin < summed; begin += block) {
-      const int64_t columns = begin + block < summed ? block : summed - begin;
-      sums_of(codes_at(begin), out.segment, columns, sums + begin / out.segment);
-    }
+    end_codes(token, cols, out);
   }
 }
 
@@ -1161,8 +1215,8 @@ int32_t multiply_registers(int64_t rounds) {
 namespace {
 
 /* All of the above under the name of an instruction set. */
-[[maybe_unused]] Kernels kernels_named(const char *name) {
-  return {name,     gemm_tile,  gemv,       gemm,             unpack,   rotate,        quantize,
+[[maybe_unused]] Kernels kernels_named(const char *name, bool digits_are_fast) {
+  return {name,     digits_are_fast,  gemm_tile,  gemv,       gemm,             unpack,   rotate,        quantize,
           rms_norm, gated,      accumulate, rotate_positions, soft_cap, add_partition, log_partition, remember,
           attend,   round_columns, descend_columns, read_bytes, multiply_registers};
 }
