@@ -53,7 +53,7 @@ HOLDING = ("onnxruntime", "openvino")  # whose graphs hold weights of their own
 PACKAGES = {"llama.cpp": "llama_cpp_python"}  # where the package is not called as the library is
 
 PER_TOKEN, PER_32 = "int8h | fp32/row", "int8h | fp32/g32"
-SAID = {PER_TOKEN: "int8 per token", PER_32: "int8 per 32", None: "float32"}
+SAID = {PER_TOKEN: "int8 per token", PER_32: "int8 per 32"}
 SCALES = {8: ("row", "g32"), 6: ("row", "g128", "g64", "g32"), 4: ("g128", "g64", "g32")}
 WEIGHT_ONLY = {
     "W8 row": "int8 | fp32/row",
@@ -97,8 +97,8 @@ def contenders() -> list[Contender]:
 
 
 def _ours() -> Iterator[Contender]:
-    """Weights in all groupings, activations per token and per 32 or as floats, and what the recipes
-    use."""
+    """Weights in all groupings, activations per token and per 32, and what the recipes use; weights
+    alone, activations in digits and as floats."""
     names = {}
     for bits, scales in SCALES.items():
         for scale in scales:
@@ -112,14 +112,16 @@ def _ours() -> Iterator[Contender]:
             key = weight, str(rule.input), rule.rotate
             name = names.get((*key[:2], False), f"W{rule.weight.grid.bits}A8 {key[:2]}")
             names[key] = f"{name} rotated, {recipe}" if rule.rotate else name
-    names |= {(weight, None, False): f"{name}, float32" for name, weight in WEIGHT_ONLY.items()}
     best, *others = kernels.isas()
+    for name, weight in WEIGHT_ONLY.items():
+        options = {"format": weight, "input": None, "rotate": False, "isa": best, "decode": "C"}
+        made = Contender("posttrain", f"{name} alone, float32", int(name[1]), "float32", options)
+        yield replace(made, options=options | {"floats": True})
+        if kernels.InputFormat.of(None).struct.bits and "nf4" not in weight:
+            yield replace(made, name=f"{name} alone", activations="3 int8 digits")
     for (weight, given, rotate), name in names.items():
         options = {"format": weight, "input": given, "rotate": rotate, "isa": best, "decode": "C"}
         made = Contender("posttrain", name, int(name[1]), SAID.get(given, given), options)
-        if given is None:
-            yield replace(made, tasks=("decode", "cached"))
-            continue
         yield made
         if name in MAIN:
             python = options | {"decode": "Python"}
@@ -370,14 +372,18 @@ def fastest(cells: list[Cell]) -> dict[tuple[Any, ...], Cell]:
 
 
 def pairs(cells: list[Cell]) -> Iterator[tuple[Cell, Cell]]:
-    """Ours and the fastest of every family of peers on the same instructions."""
+    """Ours and the fastest of every family of peers on the same instructions; prompts of weights alone
+    beside those that leave activations 16 bits too."""
     best = fastest(cells)
     for ours in cells:
         if not ours.contender.ours:
             continue
         held = ours.contender.options["isa"] != kernels.isas()[0]
+        alone = ours.contender.options["input"] is None and ours.tokens > 1
         for (_, bits, *where), theirs in best.items():
             same = (bits, *where) == (ours.contender.bits, ours.shape, ours.tokens, ours.cached)
+            if alone and theirs.contender.activations.startswith("int8"):
+                continue
             if same and not (theirs.contender.amx if held else theirs.contender.cap):
                 yield ours, theirs
 

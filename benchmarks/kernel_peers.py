@@ -111,14 +111,23 @@ class Posttrain(Layer):
     ] = {}  # formats of activations share the packed weights
 
     def pack(
-        self, weight: Tensor, *, format: str, input: str | None, rotate: bool, isa: str, decode: str
+        self,
+        weight: Tensor,
+        *,
+        format: str,
+        input: str | None,
+        rotate: bool,
+        isa: str,
+        decode: str,
+        floats: bool = False,  # activations stay float32 though digits are faster
     ) -> None:
         from posttrain import kernels
         from posttrain.numbers import Spec, quantize
 
         self.spec = Spec.parse(format)
         self.input_spec = None if input is None else Spec.parse(input)
-        self.input = kernels.InputFormat.of(self.input_spec, rotate)
+        enters = kernels.InputFormat.of(self.input_spec, rotate)
+        self.input = kernels.InputFormat.floats(rotate) if floats else enters
         self.decode = decode
         self.nbytes = self.spec.stored_bits(weight.shape) // 8
         self.kernel = isa

@@ -67,7 +67,7 @@ def example(weights: str, rows: int, cols: int, tokens: int) -> tuple[QTensor, T
 def enters(activations: str | None) -> InputFormat:
     if activations == DIGITS:
         return InputFormat.digits()
-    return InputFormat.of(None if activations is None else Spec.parse(activations))
+    return InputFormat.floats() if activations is None else InputFormat.of(Spec.parse(activations))
 
 
 def snap(x: Tensor, activations: str | None) -> Tensor:
@@ -268,7 +268,7 @@ def test_only_weights_of_codes_meet_digits(isa):
     table = PackedWeight.from_qtensor(quantize(floats, "nf4"), bias)
     for weight in (table, PackedWeight.from_tensor(floats), PackedWeight.in_place(floats)):
         for rotate_first in (False, True):
-            whole = kernels.linear(x, [weight], InputFormat.of(None, rotate_first))
+            whole = kernels.linear(x, [weight], InputFormat.floats(rotate_first))
             digits = kernels.linear(x, [weight], InputFormat.digits(rotate_first))
             assert torch.equal(whole[0], digits[0])
     with pytest.raises(UserError, match="activations"):
@@ -277,11 +277,11 @@ def test_only_weights_of_codes_meet_digits(isa):
 
 def test_digits_are_chosen_where_bytes_are_multiplied_fast(isa):
     fast = isa not in ("portable", "avx2", "neon-dotprod")
-    assert (InputFormat.unrounded().struct.bits == InputFormat.digits().struct.bits) == fast
+    assert (InputFormat.of(None).struct.bits == InputFormat.digits().struct.bits) == fast
     q, bias, x = example("w4g64", 70, 640, 5)
     packed = [PackedWeight.from_qtensor(q, bias)]
     for rotate_first in (False, True):
-        (y,) = kernels.linear(x, packed, InputFormat.unrounded(rotate_first))
+        (y,) = kernels.linear(x, packed, InputFormat.of(None, rotate_first))
         seen = rotate(x) if rotate_first else x
         want = seen.double() @ q.dequantize().double().T + bias
         assert ((y - want).abs() <= bound_of_digits(seen, q, bias)).all()

@@ -66,26 +66,28 @@ class InputFormat:
 
     @classmethod
     def of(cls, spec: Spec | None, rotate: bool = False) -> "InputFormat":
-        """For activations of `spec` (None: left alone), rotated first if `rotate`."""
-        if spec is not None and _quantized_natively(spec):
-            (factor,) = spec.factors
-            low, high = int(spec.grid.lo), int(spec.grid.hi)  # type: ignore[attr-defined]
-            group = factor.partition.cols or WHOLE_ROWS
-            scale = SCALE_TYPES[factor.grid_name]
-            return cls(Input(spec.bits, group, low, high, scale, rotate, spec.grid.top))
-        return cls(Input(0, WHOLE_ROWS, 0, 0, 0, rotate, 1.0), spec)
+        """For activations of `spec`, rotated first if `rotate`. None: left alone, as float32 or in digits,
+        whichever the instruction set in use multiplies faster."""
+        if spec is None:
+            fast = library.native().pt_digits_are_fast()
+            return cls.digits(rotate) if fast else cls.floats(rotate)
+        if not _quantized_natively(spec):
+            return cls(cls.floats(rotate).struct, spec)
+        (factor,) = spec.factors
+        low, high = int(spec.grid.lo), int(spec.grid.hi)  # type: ignore[attr-defined]
+        group = factor.partition.cols or WHOLE_ROWS
+        scale = SCALE_TYPES[factor.grid_name]
+        return cls(Input(spec.bits, group, low, high, scale, rotate, spec.grid.top))
+
+    @classmethod
+    def floats(cls, rotate: bool = False) -> "InputFormat":
+        """As float32."""
+        return cls(Input(0, WHOLE_ROWS, 0, 0, 0, rotate, 1.0))
 
     @classmethod
     def digits(cls, rotate: bool = False) -> "InputFormat":
-        """For activations that enter in digits, rotated first if `rotate`."""
+        """In digits."""
         return cls(Input(DIGITS, WHOLE_ROWS, 0, 0, 0, rotate, 1.0))
-
-    @classmethod
-    def unrounded(cls, rotate: bool = False) -> "InputFormat":
-        """For activations that no format rounds: in digits or as float32, whichever the instruction set
-        in use multiplies faster."""
-        fast = library.native().pt_digits_are_fast()
-        return cls.digits(rotate) if fast else cls.of(None, rotate)
 
 
 def _quantized_natively(spec: Spec) -> bool:
@@ -365,7 +367,7 @@ def _prepared(x: Tensor, input: InputFormat) -> tuple[Input, Tensor]:
         return input.struct, x
     if input.struct.rotate:
         x = rotate(x)
-    return InputFormat.of(None).struct, fake_quantize(x, input.spec)
+    return InputFormat.floats().struct, fake_quantize(x, input.spec)
 
 
 def rotate(x: Tensor) -> Tensor:

@@ -389,11 +389,8 @@ def pack_linear(
     """A linear layer as the native kernels take it. Raises UserError where they cannot."""
     if layer.outliers is not None:
         raise UserError(f"no kernel spares channels of inputs: {NO_SPARING}")
-    if layer.input is None:
-        enters = kernels.InputFormat.unrounded(layer.rotate)
-    else:
-        enters = kernels.InputFormat.of(layer.input, layer.rotate)
-    return kernels.PackedLinear(kernels.PackedWeight.from_qtensor(qweight, bias), enters)
+    weight = kernels.PackedWeight.from_qtensor(qweight, bias)
+    return kernels.PackedLinear(weight, kernels.InputFormat.of(layer.input, layer.rotate))
 
 
 @contextmanager

@@ -5,9 +5,9 @@
 #include "layout.h"
 #include "posttrain.h"
 
-/* Everything inside a tile has to be inlined: its sums live in registers. Not so for sanitizers,
- * which make such large functions take minutes to compile. */
-#if defined(PT_SANITIZED)
+/* Everything inside a tile has to be inlined: its sums live in registers. Not so where there are no
+ * vectors, nor for sanitizers: such large functions take minutes to compile then. */
+#if defined(PT_SANITIZED) || defined(PT_NO_VECTORS)
 #define INLINE_MEMBER inline
 #define INLINE_LAMBDA
 #define UNROLL

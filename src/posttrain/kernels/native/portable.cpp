@@ -1,4 +1,5 @@
 /* Plain C++: works everywhere, and is the reference the other instruction sets are held to. */
+#define PT_NO_VECTORS
 #include "kernels.h"
 
 namespace {

@@ -9,7 +9,7 @@
  *
  *     y = fma(sum over segments of fma(float(integer sum), scale, .), token scale * multiplier, bias)
  *
- * where of a token in digits the second adds to the first's y, in place of the bias, and the third to that;
+ * where of a token in digits the second adds to what the first came to, in place of the bias, and so on;
  * and, for products in float32, one column after the other within a group.
  */
 #include <type_traits>
@@ -233,22 +233,32 @@ INLINE void end_segment(I32 (&sums)[C][P][T], const Tile &tile, int64_t segment,
   }
 }
 
+/* y of a tile. Of tokens in digits each adds to what those before came to, in place of the bias. */
 template <int P, int T>
 INLINE void write_tile(F32 (&floats)[P][T], const Tile &tile) {
   const pt_weight &w = *tile.product.weight;
   const Activations &x = tile.product.x;
-  UNROLL for (int t = 0; t < T; t++) {
+  /* `count` tokens from t on are one row of y. */
+  auto write = [&](int t, auto count) INLINE_LAMBDA {
     const int64_t token = tile.token + t;
-    float scale = x.scales && x.scale_groups == 1 ? x.scales[token] * w.multiplier : w.multiplier;
-    const bool joins = x.joins(token);
+    float *y = tile.product.y + token / count.value * tile.product.ldy;
+    F32 scales[count.value];
+    UNROLL for (int i = 0; i < count.value; i++)
+      scales[i] = set_f32(x.scales && x.scale_groups == 1 ? x.scales[token + i] * w.multiplier : w.multiplier);
     UNROLL for (int p = 0; p < P; p++) {
       int64_t row = (tile.panel + p) * kPanel;
-      int64_t count = w.rows - row < kPanel ? w.rows - row : kPanel;
-      if (count <= 0) break;
-      float *y = tile.product.y + x.row_of(token) * tile.product.ldy + row;
-      F32 start = joins ? load_some(y, count) : w.bias ? load_some(w.bias + row, count) : set_f32(0.0f);
-      store_some(y, fma(floats[p][t], set_f32(scale), start), count);
+      int64_t left = w.rows - row < kPanel ? w.rows - row : kPanel;
+      if (left <= 0) return;
+      F32 sum = w.bias ? load_some(w.bias + row, left) : set_f32(0.0f);
+      UNROLL for (int i = 0; i < count.value; i++) sum = fma(floats[p][t + i], scales[i], sum);
+      store_some(y + row, sum, left);
     }
+  };
+  if (T % kDigits == 0 && x.digits > 1) {
+    if constexpr (T % kDigits == 0)
+      UNROLL for (int t = 0; t < T; t += kDigits) write(t, Constant<kDigits>{});
+  } else {
+    UNROLL for (int t = 0; t < T; t++) write(t, Constant<1>{});
   }
 }
 
@@ -754,21 +764,13 @@ INLINE void with_count(int64_t n, F f) {
   }
 }
 
-/* The same of tokens. Three, which is also one in digits, are worth a pass of their own. */
-template <int Most, class F>
-INLINE void with_tokens(int64_t n, F f) {
-  if constexpr (Most == 4)
-    if (n == 3) return f(Constant<3>{});
-  with_count<Most>(n, f);
-}
-
 /* Walks a share in tiles of up to P panels and T tokens: tile(P', T', panel, token). */
 template <int P, int T, class F>
 INLINE void for_tiles(const Share &s, F tile) {
   for (int64_t panel = s.panel; panel < s.panel_end;) {
-    with_count<P>(s.panel_end - panel, [&](auto panels) {
+    with_count<P>(s.panel_end - panel, [&](auto panels) INLINE_LAMBDA {
       for (int64_t token = s.token; token < s.token_end;) {
-        with_tokens<T>(s.token_end - token, [&](auto tokens) {
+        with_count<T>(s.token_end - token, [&](auto tokens) INLINE_LAMBDA {
           tile(panels, tokens, panel, token);
           token += tokens.value;
         });
@@ -776,6 +778,14 @@ INLINE void for_tiles(const Share &s, F tile) {
       panel += panels.value;
     });
   }
+}
+
+/* The same, with all digits of a token in a tile. */
+template <int P, int T, class F>
+INLINE void for_tiles(const Activations &x, const Share &s, F tile) {
+  constexpr bool whole = T % kDigits == 0;
+  if (whole || x.digits == 1) for_tiles<P, T>(s, tile);
+  else for_tiles<whole ? P : kManyRegisters ? P : 1, whole ? T : kDigits>(s, tile);
 }
 
 /* Calls f with a value of the type that reads a weight as floats. */
@@ -812,8 +822,8 @@ void integer_gemv(const Product &product, const Share &share) {
     if (scales_of(product) == kRows) multiply(Constant<kRows>{});
     else multiply(Constant<kAny>{});
   };
-  if (reading().streams == 1) for_tiles<1, kGemvTokens>(share, run);
-  else for_tiles<2, kGemvTokens>(share, run);
+  if (reading().streams == 1) for_tiles<1, kGemvTokens>(product.x, share, run);
+  else for_tiles<2, kGemvTokens>(product.x, share, run);
 }
 
 template <class Weights>
@@ -935,7 +945,7 @@ void integer_gemm(const Product &product, const Share &share, uint8_t *scratch) 
     /* Nothing is carried where there is one block: every tile may use the same memory. */
     const bool carries = block.end - block.begin < padded(product.weight->cols);
     Share part{block.panel, block.panel_end, share.token, share.token_end};
-    for_tiles<shape.panels, shape.tokens>(part, [&](auto panels, auto tokens, int64_t panel, int64_t token) {
+    for_tiles<shape.panels, shape.tokens>(product.x, part, [&](auto panels, auto tokens, int64_t panel, int64_t token) {
       constexpr int p = decltype(panels)::value, t = decltype(tokens)::value;
       const int64_t before = (token - part.token) * (part.panel_end - part.panel) + (panel - part.panel) * t;
       Tile tile{product, {codes.first + (panel - part.panel) * codes.stride, codes.stride},
