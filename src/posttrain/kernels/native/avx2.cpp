@@ -6,7 +6,7 @@
 #include "product.h"
 
 const Kernels *avx2_kernels() {
-  static const Kernels kernels = kernels_named("avx2", false);
+  static const Kernels kernels = kernels_named("avx2");
   return &kernels;
 }
 #else

@@ -6,7 +6,7 @@
 #include "product.h"
 
 const Kernels *avx512_kernels() {
-  static const Kernels kernels = kernels_named("avx512vnni", true);
+  static const Kernels kernels = kernels_named("avx512vnni");
   return &kernels;
 }
 #else

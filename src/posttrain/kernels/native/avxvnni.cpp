@@ -6,7 +6,7 @@
 #include "product.h"
 
 const Kernels *avxvnni_kernels() {
-  static const Kernels kernels = kernels_named("avxvnni", true);
+  static const Kernels kernels = kernels_named("avxvnni");
   return &kernels;
 }
 #else

@@ -29,7 +29,7 @@ struct Activations {
   int64_t tokens, stride;
   /* Of codes that stand for a single token, one below the other: 1, or kDigits, which are added up in y.
    * A share holds all of a token. */
-  int64_t digits;
+  int64_t digits = 1;
   const float *values; /* [tokens, stride], for products in float32; else NULL */
   /* [blocks of `block` columns][tokens + kTokenSlack, stride]: what `gemm` multiplies together lies
    * together; `gemv` wants a single block. */

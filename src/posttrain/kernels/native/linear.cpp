@@ -35,7 +35,7 @@ Workspace &workspace() {
   return *space;
 }
 
-bool few(const Activations &x) { return x.tokens <= kFewTokens; }
+bool are_few(const Activations &x) { return x.tokens <= kFewTokens; }
 
 int64_t group_of(int64_t group, int64_t cols) {
   if (group <= 0 || group > cols) group = cols;
@@ -108,7 +108,7 @@ class Prepared {
     a.weight_groups = groups;
     a.segments_per_group = ceil_div(group, segment);
     a.segments_per_scale = ceil_div(a.scale_group, segment);
-    a.block = few(a) ? padded(cols_) : std::min(padded(cols_), block_columns(padded(cols_), segment));
+    a.block = are_few(a) ? padded(cols_) : std::min(padded(cols_), block_columns(padded(cols_), segment));
     /* An odd number of cache lines: rows a power of two apart would share few lines of a cache. */
     a.stride = (ceil_div(a.block, kVector) | 1) * kVector;
     const int64_t blocks = ceil_div(cols_, a.block);
@@ -126,7 +126,8 @@ class Prepared {
         int32_t *row = starts + i * sums;
         if (products[i].starts != row) continue;
         for (int64_t s = 0; s < a.segments; s++, row += a.tokens)
-          for (int64_t t = first * a.digits; t < (first + n) * a.digits; t++) row[t] = -zero(i) * a.sums[t * a.segments + s];
+          for (int64_t t = first * a.digits; t < (first + n) * a.digits; t++)
+            row[t] = -zero(i) * a.sums[t * a.segments + s];
       }
     });
     return a;
@@ -148,7 +149,7 @@ class Prepared {
     Activations codes{};
     if (rounds) codes = quantized(padded(cols_), 1, cols_);
     Activations a{};
-    a.tokens = tokens_, a.digits = 1, a.stride = padded(cols_);
+    a.tokens = tokens_, a.stride = padded(cols_);
     a.scale_group = cols_, a.scale_groups = 1;
     if (!rounds && !in_.rotate && a.stride == cols_ && ldx_ == cols_) {
       a.values = x_;
@@ -328,7 +329,7 @@ void multiply_all(const pt_product &product, Weights next) {
     for (; first < product.count && form_of(*weights[first], input) == group; first++)
       products.push_back({weights[first], {}, nullptr, product.y[first], product.ldy[first]});
     prepared.give(products);
-    if (!few(products[0].x)) {
+    if (!are_few(products[0].x)) {
       multiply_many(kernels, products);
     } else {
       if (first == product.count) expect_all(next);
@@ -346,7 +347,7 @@ void multiply_in_parts(const pt_weight &weight, const float *x, int64_t tokens, 
   prepared.give(products);
   for (int64_t first = 0; first < weight.rows; first += rows) {
     part = rows_of(weight, first, std::min<int64_t>(rows, weight.rows - first));
-    if (few(products[0].x)) multiply_few(kernels, products);
+    if (are_few(products[0].x)) multiply_few(kernels, products);
     else multiply_many(kernels, products);
     then(first, part.rows);
   }

@@ -11,6 +11,7 @@ namespace {
 
 /* 1 panel x 4 tokens: 16 registers of sums, 4 of weights, 4 of activations. */
 static const int kGemvTokens = 4;
+static const bool kDigitsAreFast = false; /* see pt_digits_are_fast */
 static constexpr TileShape kTile = {1, 4}, kGroupedTile = {1, 4}, kFloatTile = {1, 4};
 static const int kRun = kStep; /* columns of a tile's loop at a time */
 static constexpr TileShape kAttentionTile = {2, 2}; /* vectors, queries */
@@ -339,7 +340,7 @@ INLINE void encode(const float *x, int64_t count, float scale, const pt_input &i
 #include "product.h"
 
 const Kernels *neon_kernels() {
-  static const Kernels kernels = kernels_named("neon-dotprod", false);
+  static const Kernels kernels = kernels_named("neon-dotprod");
   return &kernels;
 }
 #else

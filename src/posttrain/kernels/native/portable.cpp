@@ -8,6 +8,7 @@ namespace {
 #define EACH(i, n) for (int i = 0; i < (n); i++)
 
 static const int kGemvTokens = 1;
+static const bool kDigitsAreFast = false; /* see pt_digits_are_fast */
 static constexpr TileShape kTile = {1, 1}, kGroupedTile = {1, 1}, kFloatTile = {1, 1};
 static const int kRun = kStep; /* columns of a tile's loop at a time */
 static constexpr TileShape kAttentionTile = {1, 1}; /* vectors, queries */
@@ -241,6 +242,6 @@ static inline void encode(const float *x, int64_t count, float scale, const pt_i
 #include "product.h"
 
 const Kernels *portable_kernels() {
-  static const Kernels kernels = kernels_named("portable", false);
+  static const Kernels kernels = kernels_named("portable");
   return &kernels;
 }

@@ -783,9 +783,11 @@ INLINE void for_tiles(const Share &s, F tile) {
 /* The same, with all digits of a token in a tile. */
 template <int P, int T, class F>
 INLINE void for_tiles(const Activations &x, const Share &s, F tile) {
-  constexpr bool whole = T % kDigits == 0;
-  if (whole || x.digits == 1) for_tiles<P, T>(s, tile);
-  else for_tiles<whole ? P : kManyRegisters ? P : 1, whole ? T : kDigits>(s, tile);
+  constexpr int fewer = kManyRegisters ? P : 1; /* panels, as there are more tokens */
+  if constexpr (T % kDigits) {
+    if (x.digits > 1) return for_tiles<fewer, kDigits>(s, tile);
+  }
+  for_tiles<P, T>(s, tile);
 }
 
 /* Calls f with a value of the type that reads a weight as floats. */
@@ -1126,16 +1128,17 @@ void split(const float *x, int64_t ldx, int64_t count, int64_t cols, int64_t tok
       alignas(64) int32_t numbers[kPanel] = {};
       if (finite) store_bits((float *)numbers, rounded(mul(load_some(x + begin, left), per_unit)));
       int8_t *to = const_cast<int8_t *>(out.codes_at(token, begin));
-      for (int d = 0; d < 3; d++, to += out.stride) {
-        for (int i = 0; i < 16; i++) {
-          const int32_t digit = (int8_t)numbers[i];
-          to[i] = (int8_t)digit, numbers[i] = (numbers[i] - digit) >> 8;
+      for (int d = 0; d < kDigits; d++, to += out.stride)
+        for (int i = 0; i < kPanel; i++) {
+          to[i] = (int8_t)numbers[i];
+          numbers[i] = (numbers[i] - to[i]) >> 8;
         }
-      }
     }
     float *scales = const_cast<float *>(out.scales) + token;
-    scales[0] = unit, scales[1] = unit * 0x1p8f, scales[2] = unit * 0x1p16f;
-    for (int64_t d = 0; d < kDigits; d++) end_codes(token + d, cols, out);
+    for (int64_t d = 0; d < kDigits; d++) {
+      scales[d] = d ? scales[d - 1] * 256.0f : unit;
+      end_codes(token + d, cols, out);
+    }
   }
 }
 
@@ -1225,8 +1228,8 @@ int32_t multiply_registers(int64_t rounds) {
 namespace {
 
 /* All of the above under the name of an instruction set. */
-[[maybe_unused]] Kernels kernels_named(const char *name, bool digits_are_fast) {
-  return {name,     digits_are_fast,  gemm_tile,  gemv,       gemm,             unpack,   rotate,        quantize,
+[[maybe_unused]] Kernels kernels_named(const char *name) {
+  return {name,     kDigitsAreFast, gemm_tile,  gemv,       gemm,             unpack,   rotate,        quantize,
           rms_norm, gated,      accumulate, rotate_positions, soft_cap, add_partition, log_partition, remember,
           attend,   round_columns, descend_columns, read_bytes, multiply_registers};
 }

@@ -10,9 +10,11 @@ namespace {
 /* 1 panel x 6 tokens: 12 registers of sums, 2 of weights, 1 of activations. Two panels need more: gcc would
  * keep a sum in memory, and every column would wait for it. */
 static constexpr TileShape kTile = {1, 6}, kGroupedTile = {1, 4};
+static const bool kDigitsAreFast = true; /* see pt_digits_are_fast */
 #else
 /* 2 panels x 2 tokens: 8 registers of sums, 4 of weights, 1 of activations, 3 temporaries. */
 static constexpr TileShape kTile = {2, 2}, kGroupedTile = {2, 2};
+static const bool kDigitsAreFast = false; /* see pt_digits_are_fast */
 #endif
 static constexpr TileShape kFloatTile = {2, 2};
 static const int kGemvTokens = 4;

@@ -9,6 +9,7 @@ namespace {
  * 4 x 3: 12 integer sums and as many floats. */
 static const int kGemvTokens = 4;
 static constexpr TileShape kTile = {4, 6}, kGroupedTile = {4, 3}, kFloatTile = {4, 5};
+static const bool kDigitsAreFast = true; /* see pt_digits_are_fast */
 static const bool kManyRegisters = true; /* for weights of several panels decoded side by side */
 static const int kRun = kUnit / 2; /* columns of a tile's loop at a time */
 static constexpr TileShape kAttentionTile = {4, 6}; /* vectors, queries */
