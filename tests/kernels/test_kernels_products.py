@@ -26,6 +26,7 @@ IN_INTEGERS = [  # (weights, activations) summed in integers
     ("int4 | fp16/g48", A8),
     ("int6 | fp16/g80", A8),
     ("w4g64", "int8 | fp32/g48"),
+    ("int4", A8),  # no scales
 ]
 LOOKED_UP = [("mxfp4", A8), ("nvfp4", A8), ("fp4-g64", A8_GROUPED)]
 IN_FLOATS = [
@@ -34,6 +35,7 @@ IN_FLOATS = [
     *((name, None) for name in ("w8g32z", "w6", "nf4", "nf4-dq", "bnb-fp4", "zqfp-m2")),
     *((name, None) for name in ("mxfp4", "nvfp4", "fp6", "mxfp6", "mxfp6-e3m2", "mxfp8", "fp8")),
     ("nf4", A8),
+    ("e4m3", None),
     ("fp8-e5m2", A8_GROUPED),
     ("w4g64", "mxfp8"),  # activations the kernels cannot quantize
 ]

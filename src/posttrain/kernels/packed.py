@@ -276,6 +276,8 @@ def _common_step(values: Tensor) -> float | None:
 
 def _stored_scale(q: QTensor, width: int) -> tuple[str, Tensor, float] | None:
     """(type, scales [rows or 1, groups], multiplier) where scales can stay as they are stored."""
+    if not q.spec.factors:
+        return None
     first, *rest = q.spec.factors
     stored = q.scales.stored[0]
     plain = first.nested is None and first.power == 1.0 and first.grid_name in SCALE_TYPES
