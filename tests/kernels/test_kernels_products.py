@@ -157,10 +157,10 @@ def test_how_memory_is_read_changes_no_bit(isa, weights, activations):
             continue
         q, bias, x = example(weights, rows, cols, tokens)
         found = []
-        for streams in (1, 2, 0):
-            library.native().pt_set_streams(streams)
+        for reading in (1, 2, 3, 0):
+            library.native().pt_set_reading(reading)
             found.append(product(x, q, bias, activations))
-        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+        assert all(torch.equal(y, found[0]) for y in found[1:])
 
 
 def test_sums_too_long_for_32_bits_are_taken_in_parts(isa):

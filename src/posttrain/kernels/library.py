@@ -18,7 +18,7 @@ from torch import Tensor
 
 from posttrain.errors import UserError
 
-ABI = 10
+ABI = 11
 LIBRARY = Path(__file__).with_name("_native.so")
 BUILD = "python -m posttrain.kernels.build"
 STAGES = {"integer": 0, "lookup": 1, "table": 2, "float": 3, "rows": 4}
@@ -175,7 +175,7 @@ _SIGNATURES = {
     "pt_digits_are_fast": (_i32, []),
     "pt_use": (_i32, [ctypes.c_char_p]),
     "pt_set_threads": (None, [_i32]),
-    "pt_set_streams": (None, [_i32]),
+    "pt_set_reading": (None, [_i32]),
     "pt_threads": (_i32, []),
     "pt_allocate": (_pointer, [_i64]),
     "pt_free": (None, [_pointer]),

@@ -172,11 +172,12 @@ struct Kernels {
   int32_t (*multiply_registers)(int64_t rounds);
 };
 
-/* How one token's product reads packed codes: panels side by side, and how many bytes ahead it asks
- * for memory. Neither changes a result. */
+/* How one token's product reads packed codes: panels side by side, how many bytes ahead it asks for
+ * memory, and whether for every line or only the first of a unit. None changes a result. */
 struct Reading {
   int streams; /* 1 or 2 */
   int64_t ahead;
+  bool every_line;
 };
 const Reading &reading(); /* what suits this processor (dispatch.cpp) */
 

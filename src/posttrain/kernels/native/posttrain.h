@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 /* Raised with every change of a struct or a signature; Python refuses any other. */
-#define PT_ABI 10
+#define PT_ABI 11
 PT_API int32_t pt_abi(void);
 /* Hash of the sources this library was built from (build.py), or "". */
 PT_API const char *pt_sources(void);
@@ -263,9 +263,10 @@ PT_API int32_t pt_digits_are_fast(void);
 PT_API const char *pt_isas(void);
 
 PT_API void pt_set_threads(int32_t threads);
-/* How many panels one token's products read side by side: 1, 2, or 0 for what suits the processor.
- * A result never depends on it. */
-PT_API void pt_set_streams(int32_t streams);
+/* How one token's products read codes from memory: 1 for two panels side by side; 2 for one, every line
+ * of which is asked for; 3 for one, of which some lines are; or 0 for what suits the processor. A result
+ * never depends on it. */
+PT_API void pt_set_reading(int32_t reading);
 PT_API int32_t pt_threads(void);
 
 /* What this machine can do with the threads and the instruction set in use: bytes per second read

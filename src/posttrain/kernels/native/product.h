@@ -138,15 +138,16 @@ INLINE void in_this_order() { __asm__ volatile("" ::: "memory"); }
 
 /* sums[c][p][t] += the products of steps First..Last of a unit of panel p, whose vectors so far are v.
  * Chains c are independent: a lone accumulator would wait for its own latency. `next` is the unit to ask
- * for: in the second cache, which can wait for more lines than the first, unless so many tokens or panels
- * are multiplied with each line that memory can wait. Lines are asked for one after the other, as all of a
- * unit's at once come up to a fifth slower, and read where a step first takes them, which is worth up to
- * 0.05 of memory's speed. */
-template <int Bits, bool Lookup, bool Wide, int First, int Last, int C, int P, int T>
+ * for, or its first line unless EveryLine: in the second cache, which can wait for more lines than the
+ * first, unless so many tokens or panels are multiplied with each line that memory can wait. Lines are
+ * asked for one after the other, as all of a unit's at once come up to a fifth slower, and read where a
+ * step first takes them, which is worth up to 0.05 of memory's speed. */
+template <bool EveryLine, int Bits, bool Lookup, bool Wide, int First, int Last, int C, int P, int T>
 INLINE void add_steps(I32 (&sums)[C][P][T], int p, Bytes (&v)[Bits], const uint8_t *unit,
                       const uint8_t *next, const int8_t *x, int64_t ldx, Bytes table) {
   if constexpr (First < Last) {
-    constexpr int64_t line = First * Bits / 8, lines = (First + 1) * Bits / 8 - line;
+    constexpr int64_t line = First * Bits / 8, begun = (First + 1) * Bits / 8 - line;
+    constexpr int64_t lines = EveryLine || line == 0 ? begun : 0;
     if constexpr (P == 1 && T < 4) prefetch_far(next + line * kVector, lines * kVector);
     else prefetch(next + line * kVector, lines * kVector);
     in_this_order();
@@ -155,18 +156,18 @@ INLINE void add_steps(I32 (&sums)[C][P][T], int p, Bytes (&v)[Bits], const uint8
     const Bytes w = integer_step<Bits, Lookup, First>(v, table);
     UNROLL for (int t = 0; t < T; t++)
       sums[First % C][p][t] = dot_at<Wide>(sums[First % C][p][t], w, x + t * ldx + First * kStep);
-    add_steps<Bits, Lookup, Wide, First + 1, Last>(sums, p, v, unit, next, x, ldx, table);
+    add_steps<EveryLine, Bits, Lookup, Wide, First + 1, Last>(sums, p, v, unit, next, x, ldx, table);
   }
 }
 
 /* The same of a unit in memory; steps before First may have been the first to take a vector. */
-template <int Bits, bool Lookup, bool Wide, int First, int Last, int C, int P, int T>
+template <bool EveryLine, int Bits, bool Lookup, bool Wide, int First, int Last, int C, int P, int T>
 INLINE void add_unit(I32 (&sums)[C][P][T], int p, const uint8_t *unit, const uint8_t *next, const int8_t *x,
                      int64_t ldx, Bytes table) {
   Bytes v[Bits];
   UNROLL for (int i = 0; i < Bits; i++)
     if (first_step(Bits, i) < First) v[i] = load_bytes(unit + i * kVector);
-  add_steps<Bits, Lookup, Wide, First, Last>(sums, p, v, unit, next, x, ldx, table);
+  add_steps<EveryLine, Bits, Lookup, Wide, First, Last>(sums, p, v, unit, next, x, ldx, table);
 }
 
 /* What the sums of a segment start at, from the tile's first token on. */
@@ -263,7 +264,7 @@ INLINE void write_tile(F32 (&floats)[P][T], const Tile &tile) {
 }
 
 /* P panels x T tokens, unpacked on the way. */
-template <int Bits, bool Lookup, bool Wide, Scales Kind, int P, int T>
+template <bool EveryLine, int Bits, bool Lookup, bool Wide, Scales Kind, int P, int T>
 void packed_tile(const Tile &tile) {
   const pt_weight &w = *tile.product.weight;
   const Activations &x = tile.product.x;
@@ -296,8 +297,8 @@ void packed_tile(const Tile &tile) {
     constexpr int from = decltype(first)::value, to = decltype(last)::value;
     const int64_t further = ahead + (u >= turn ? jump : 0);
     UNROLL for (int p = 0; p < P; p++)
-      add_unit<Bits, Lookup, Wide, from, to>(sums, p, unit + p * stride, unit + p * stride + further, codes, ldx,
-                                             table);
+      add_unit<EveryLine, Bits, Lookup, Wide, from, to>(sums, p, unit + p * stride, unit + p * stride + further,
+                                                        codes, ldx, table);
   };
   const int64_t segments = x.segments, per_segment = x.segment / kUnit, tokens = x.tokens;
   const int32_t *starts = starts_of(tile, 0);
@@ -326,7 +327,7 @@ void packed_tile(const Tile &tile) {
 /* A panel x T tokens where in_halves() holds. A processor looks some hundred instructions ahead: the
  * fewer of them each line of codes takes, the more lines are on their way at once, which is what fast
  * memory wants. So a segment has as few as it can: its units written out, no chains but what it needs. */
-template <int Bits, bool Lookup, bool Wide, int T>
+template <bool EveryLine, int Bits, bool Lookup, bool Wide, int T>
 void halves_tile(const Tile &tile) {
   const pt_weight &w = *tile.product.weight;
   const Activations &x = tile.product.x;
@@ -348,7 +349,7 @@ void halves_tile(const Tile &tile) {
     start_segment(sums, starts), starts += tokens;
     for (int64_t run = 0; run < runs; run++)
       UNROLL for (int u = 0; u < units.value; u++) {
-        add_unit<Bits, Lookup, Wide, 0, 8>(sums, 0, unit, next, codes, ldx, table);
+        add_unit<EveryLine, Bits, Lookup, Wide, 0, 8>(sums, 0, unit, next, codes, ldx, table);
         unit += unit_bytes(Bits), next += unit_bytes(Bits), codes += kUnit;
       }
     if constexpr (units.value > 1)
@@ -816,13 +817,18 @@ void integer_gemv(const Product &product, const Share &share) {
     Tile tile{product, {codes_at(w, panel, 0), bytes}, panel, token, 0, padded(w.cols)};
     tile.ahead = reading().ahead;
     constexpr int p = decltype(panels)::value, t = decltype(tokens)::value;
-    auto multiply = [&](auto kind) {
-      packed_tile<Bits, Lookup, Bits == 8, (Scales)decltype(kind)::value, p, t>(tile);
+    auto read = [&](auto every_line) {
+      auto multiply = [&](auto kind) {
+        packed_tile<every_line.value, Bits, Lookup, Bits == 8, (Scales)kind.value, p, t>(tile);
+      };
+      if constexpr (p == 1)
+        if (in_halves(product)) return halves_tile<every_line.value, Bits, Lookup, Bits == 8, t>(tile);
+      if (scales_of(product) == kRows) multiply(Constant<kRows>{});
+      else multiply(Constant<kAny>{});
     };
-    if constexpr (p == 1)
-      if (in_halves(product)) return halves_tile<Bits, Lookup, Bits == 8, t>(tile);
-    if (scales_of(product) == kRows) multiply(Constant<kRows>{});
-    else multiply(Constant<kAny>{});
+    if constexpr (p == 1 && t == 1)
+      if (!reading().every_line) return read(Constant<false>{});
+    read(Constant<true>{});
   };
   if (reading().streams == 1) for_tiles<1, kGemvTokens>(product.x, share, run);
   else for_tiles<2, kGemvTokens>(product.x, share, run);
