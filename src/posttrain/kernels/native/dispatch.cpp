@@ -61,7 +61,8 @@ bool has_amx() {
 
 /* Intel's cores (Sapphire Rapids) bring in two streams a fifth faster than one, however early that is
  * asked for. AMD's bring in a single stream fastest, asked for early: on Zen 5 with 4-bit codes a quarter
- * faster than two. Zen 4 brings most lines by itself, and up to a third faster if they are not asked for. */
+ * faster than two. Zen 4 brings most lines by itself, up to a third faster if they are not asked for; with
+ * AVX2, which takes longer for each of them, it does not. */
 const Reading two_streams = {2, 1152, true}, one_stream = {1, 6144, true}, sparse_stream = {1, 6144, false};
 
 Reading suitable_reading() {
@@ -70,7 +71,7 @@ Reading suitable_reading() {
   const unsigned authentic_amd = 0x68747541; /* "Auth", the first letters of the vendor's name */
   if (__get_cpuid(0, &a, &b, &c, &d) && b == authentic_amd && __get_cpuid(1, &a, &b, &c, &d)) {
     const unsigned family = (a >> 8 & 0xf) + (a >> 20 & 0xff), zen5 = 0x1a;
-    return family < zen5 ? sparse_stream : one_stream;
+    return family < zen5 && has_avx512() ? sparse_stream : one_stream;
   }
 #endif
   return two_streams;
