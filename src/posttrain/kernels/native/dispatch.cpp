@@ -158,8 +158,12 @@ void pt_set_threads(int32_t threads) {
 
 void pt_set_reading(int32_t reading) {
   std::lock_guard<std::mutex> guard(engine_lock());
-  const Reading readings[] = {suitable_reading(), two_streams, one_stream, sparse_stream};
-  chosen = readings[reading];
+  switch (reading) {
+    case 1: chosen = two_streams; break;
+    case 2: chosen = one_stream; break;
+    case 3: chosen = sparse_stream; break;
+    default: chosen = suitable_reading();
+  }
 }
 
 int32_t pt_threads(void) {

@@ -326,7 +326,8 @@ void packed_tile(const Tile &tile) {
 
 /* A panel x T tokens where in_halves() holds. A processor looks some hundred instructions ahead: the
  * fewer of them each line of codes takes, the more lines are on their way at once, which is what fast
- * memory wants. So a segment has as few as it can: its units written out, no chains but what it needs. */
+ * memory wants (on Zen 5; Zen 4 minds more which lines are asked for). So a segment has as few as it can:
+ * its units written out, no chains but what it needs. */
 template <bool EveryLine, int Bits, bool Lookup, bool Wide, int T>
 void halves_tile(const Tile &tile) {
   const pt_weight &w = *tile.product.weight;
@@ -817,12 +818,13 @@ void integer_gemv(const Product &product, const Share &share) {
     Tile tile{product, {codes_at(w, panel, 0), bytes}, panel, token, 0, padded(w.cols)};
     tile.ahead = reading().ahead;
     constexpr int p = decltype(panels)::value, t = decltype(tokens)::value;
-    auto read = [&](auto every_line) {
+    auto read = [&](auto every) {
+      constexpr bool every_line = decltype(every)::value;
       auto multiply = [&](auto kind) {
-        packed_tile<every_line.value, Bits, Lookup, Bits == 8, (Scales)kind.value, p, t>(tile);
+        packed_tile<every_line, Bits, Lookup, Bits == 8, (Scales)decltype(kind)::value, p, t>(tile);
       };
       if constexpr (p == 1)
-        if (in_halves(product)) return halves_tile<every_line.value, Bits, Lookup, Bits == 8, t>(tile);
+        if (in_halves(product)) return halves_tile<every_line, Bits, Lookup, Bits == 8, t>(tile);
       if (scales_of(product) == kRows) multiply(Constant<kRows>{});
       else multiply(Constant<kAny>{});
     };
