@@ -149,6 +149,7 @@ def test_generation_is_that_of_transformers(case):
         ("int8", 6e-2, 0.3),
         ("e4m3", 2e-1, 0.3),
         ("int4", 8e-1, 0.25),
+        ("int16", 1e-3, 0.6),
     ],
 )
 @pytest.mark.parametrize("case", ["llama", "gemma2", "qwen3", "llama, wide heads"])
@@ -328,7 +329,7 @@ def default_kernels():
     kernels.set_threads(0)
 
 
-@pytest.mark.parametrize("cache", ["fp32", "fp16", "bf16", "int8", "e4m3", "int4"])
+@pytest.mark.parametrize("cache", CACHES.values())
 def test_all_at_once_is_step_by_step_and_side_by_side(mixed, cache):
     texts = [tokens(n, seed=n) for n in (1, 3, 17, 33, 50)]
     alone = [mixed.forward([(mixed.memory(16, cache), text)], keep=None) for text in texts]
@@ -340,6 +341,55 @@ def test_all_at_once_is_step_by_step_and_side_by_side(mixed, cache):
     together = mixed.forward([(mixed.memory(16, cache), text) for text in texts], keep=None)
     assert torch.equal(torch.cat(alone), together)
     assert torch.equal(torch.cat(steps), together)
+
+
+# Texts of several runs of positions (kAttentionRun of native/kernels.h), with windows that begin in
+# one of them and end in another.
+LONG = {
+    "llama": {},
+    "llama, wide heads": {},
+    "mistral": {"sliding_window": 300},
+    "gemma2": {"sliding_window": 700},
+}
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_logits_after_long_texts_are_those_of_transformers(case):
+    model = build(case, max_position_embeddings=2048, **LONG[case])
+    native, ids = decoder(model), tokens(1300)
+    close(native.forward([(native.memory(cache="fp32"), ids)], keep=None), expected(model, ids))
+
+
+@pytest.mark.parametrize("cache", CACHES.values())
+@pytest.mark.parametrize("case", LONG)
+def test_long_texts_come_in_any_parts(case, cache, default_kernels):
+    """Many tokens at once are divided among threads by who looks, a few by what they see."""
+    native = decoder(build(case, max_position_embeddings=2048, **LONG[case]))
+    text, other = tokens(1200), tokens(703, seed=2)
+    whole = native.forward([(native.memory(cache=cache), text)], keep=None)
+    beside = native.forward([(native.memory(cache=cache), other)], keep=None)
+    for threads in (1, 2, 3):
+        kernels.set_threads(threads)
+        memory, another = native.memory(cache=cache), native.memory(cache=cache)
+        native.forward([(another, other[:700])])
+        cuts = [505, 506, 509, 512, 513, 790, 791, 793, 1018, 1031, 1032, 1047, 1190, 1192, 1200]
+        for begin, end in zip([0, *cuts], cuts, strict=False):
+            found = native.forward([(memory, text[begin:end])], keep=None)
+            assert torch.equal(found, whole[begin:end]), (threads, begin, end)
+        memory.forget(1020)
+        together = native.forward([(memory, text[1020:1026]), (another, other[700:703])], keep=None)
+        assert torch.equal(together, torch.cat([whole[1020:1026], beside[700:703]])), threads
+
+
+@pytest.mark.parametrize("cache", ["fp16", "int16", "int8"])
+def test_instruction_sets_agree_on_long_texts(mixed, cache, default_kernels):
+    text, found = tokens(1040), []
+    for isa in kernels.isas():
+        kernels.use(isa)
+        memory = mixed.memory(cache=cache)
+        parts = [mixed.forward([(memory, part)], keep=4) for part in (text[:1030], text[1030:])]
+        found.append(torch.cat(parts))
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 # Logits as they are, scaled, capped.
@@ -496,8 +546,9 @@ def test_a_passing_memory_gives_the_same_and_stays_empty(mixed, cache):
 def test_windows_are_scored_one_by_one(mixed, length):
     windows = torch.tensor([tokens(length, seed) for seed in range(3)])
     texts = windows.tolist()
-    logits = [mixed.forward([(mixed.memory(cache="fp32"), text)], keep=9)[:-1] for text in texts]
     runner = NativeEngine(mixed)
+    kept = CACHES[str(runner.keeps(scoring=True))]
+    logits = [mixed.forward([(mixed.memory(cache=kept), text)], keep=9)[:-1] for text in texts]
     assert torch.equal(torch.cat(list(runner.window_logits(windows, 9, 5))), torch.cat(logits))
     losses = losses_of(iter(logits), windows, 9, 8)
     assert torch.equal(runner.window_losses(windows, 9, 5), losses)

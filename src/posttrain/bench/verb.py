@@ -67,7 +67,7 @@ def bench(
         prefill, decode: tokens of a prompt, and of an answer.
         rounds: how often everything is repeated.
         cache: what our keys and values are kept in, see `evaluate`'s kv; None: what the model says,
-            else fp16 (scoring: fp32).
+            else int16 where its activations are integers, fp16 elsewhere (scoring: fp32).
         plot: where to draw the result, as SVG.
 
     Returns:

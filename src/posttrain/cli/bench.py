@@ -15,7 +15,7 @@ from typing import Any
 from posttrain.cli.arguments import Parser, add_progress_option, count, options, words
 from posttrain.cli.output import bytes_text, facts, number, table
 
-CACHES = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")
+CACHES = ("fp32", "fp16", "bf16", "int16", "int8", "fp8", "int4")
 
 
 def arguments(parser: Parser) -> None:
@@ -40,7 +40,8 @@ def arguments(parser: Parser) -> None:
     add(
         "--cache",
         choices=CACHES,
-        help="what keys and values are kept in (default: what the model says, else fp16)",
+        help="what keys and values are kept in (default: what the model says, else "
+        "int16 where activations are rounded to integers, fp16 elsewhere)",
     )
     add("--plot", metavar="FILE", help="draw the result, as SVG")
     add_progress_option(parser)

@@ -40,9 +40,9 @@ def evaluate(
     side by side, every token but the first of each scored; smaller than the window: they
     overlap, and each window after the first scores its last ``stride`` tokens). ``max_tokens``
     bounds the tokens of text that are used. ``chat`` applies the chat template to rows of messages.
-    ``kv`` is what keys and values are kept in: "int8", "fp8", "int4" (one scale for each token and
-    head), "fp16", "fp32", or any number format of rows of head_dim; None is what the model says, else
-    what it computes in. Attention then sees rounded keys and values, of the token itself too.
+    ``kv`` is what keys and values are kept in: "int8", "fp8", "int4", "int16" (one scale for each
+    token and head), "fp16", "fp32", or any number format of rows of head_dim; None is what the model
+    says, else what it computes in, or int16 where its activations are integers. Attention then sees rounded keys and values, of the token itself too.
     ``records`` is a file (.jsonl, .jsonl.gz, .npz) for the loss of every token.
 
     The result holds ``model``, ``nll`` (nats per scored token), ``perplexity``, ``tokens``

@@ -36,8 +36,15 @@ _CACHE_DTYPES = {
     "int8": torch.int8,
     "e4m3": torch.uint8,
     "int4": torch.uint8,  # two codes to a byte
+    "int16": torch.int16,
 }
-CODED = ("int8", "e4m3", "int4")  # codes under a float16 scale for every token and head
+# Codes under a scale for every token and head -> what the scale is stored in.
+CODED = {
+    "int8": torch.float16,
+    "e4m3": torch.float16,
+    "int4": torch.float16,
+    "int16": torch.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -117,13 +124,17 @@ class Memory:
             "keys": torch.empty(*heads, capacity // PANEL, rows, PANEL, dtype=dtype),
             "values": torch.empty(*heads, capacity, padded, dtype=dtype),
         }
+        if self.cache == "int16":  # pairs of channels, and of positions, side by side
+            pairs = -(-dims.head_size // 2)
+            fresh["keys"] = torch.empty(*heads, capacity // PANEL, pairs, PANEL, 2, dtype=dtype)
+            fresh["values"] = torch.empty(*heads, capacity // 2, padded, 2, dtype=dtype)
         if self.cache in CODED:
-            fresh["key_scales"] = torch.empty(*heads, capacity, dtype=torch.float16)
-            fresh["value_scales"] = torch.empty(*heads, capacity, dtype=torch.float16)
+            for name in ("key_scales", "value_scales"):
+                fresh[name] = torch.empty(*heads, capacity, dtype=CODED[self.cache])
         for name, tensor in fresh.items():
             if name in self._tensors and self.length:
                 old = self._tensors[name]
-                used = -(-self.length // PANEL) if name == "keys" else self.length
+                used = -(-self.length * tensor.shape[2] // capacity)
                 tensor[:, :, :used] = old[:, :, :used]
             setattr(self.struct, name, tensor.data_ptr())
         self._tensors = fresh
@@ -145,6 +156,9 @@ class Memory:
             values = (
                 _nibbles(values.reshape(*values.shape[:-1], -1, PANEL)).movedim(-1, -2).flatten(-3)
             )
+        if self.cache == "int16":
+            keys = keys.transpose(-3, -2).flatten(-2).transpose(-2, -1)
+            values = values.transpose(-2, -1).flatten(-3, -2)
         found = []
         for name, tensor in (("key", keys.transpose(-2, -1).flatten(2, 3)), ("value", values)):
             codes = tensor[:, :, :length, :size]
@@ -189,12 +203,18 @@ class Decoder:
         self._structs = (Block * len(self.blocks))(*map(self._block, self.blocks))
         self._model = self._describe(norm)
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether all layers of its blocks multiply activations that were rounded to integers."""
+        inputs = [item.input.struct for block in self.blocks for item in block.linears().values()]
+        return all(0 < struct.bits <= 8 for struct in inputs)
+
     def memory(self, capacity: int = 256, cache: str = "fp16", passing: bool = False) -> Memory:
         """An empty sequence with room for `capacity` tokens; more as it grows.
 
-        cache: what keys and values are kept in: "fp32", "fp16", "bf16", or "int8", "e4m3" and
-            "int4" with one float16 scale for each token and head (`pt_cache_type` of
-            native/posttrain.h has the rounding: that of `numbers.quantize`).
+        cache: what keys and values are kept in: "fp32", "fp16", "bf16", or "int16", "int8", "e4m3"
+            and "int4" with one scale for each token and head (`pt_cache_type` of native/posttrain.h
+            has the rounding: that of `numbers.quantize`).
         passing: whether each call feeds a whole text, of at most CHUNK tokens, that nothing is to
             follow. Blocks then share the memory of one, which stays in the processor's caches.
         """

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from posttrain.errors import UserError
 
-ABI = 11
+ABI = 12
 LIBRARY = Path(__file__).with_name("_native.so")
 BUILD = "python -m posttrain.kernels.build"
 STAGES = {"integer": 0, "lookup": 1, "table": 2, "float": 3, "rows": 4}
 SCALE_TYPES = {"fp32": 0, "fp16": 1, "bf16": 2, "e4m3": 3, "e8m0": 4}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
-CACHE_TYPES = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 3, "e4m3": 4, "int4": 5}
+CACHE_TYPES = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 3, "e4m3": 4, "int4": 5, "int16": 6}
 STATUS = {
     1: "shapes that do not fit together",
     2: "a format it does not know",

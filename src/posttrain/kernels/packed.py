@@ -91,8 +91,10 @@ class InputFormat:
 
 
 def _quantized_natively(spec: Spec) -> bool:
-    """Symmetric integers under one fp32 or fp16 scale per row or group, rounded to nearest even."""
-    if spec.grid.kind != "int" or spec.grid.zero_point or spec.rounding != "rne":
+    """Symmetric integers of a byte under one fp32 or fp16 scale per row or group, rounded to nearest
+    even."""
+    grid = spec.grid
+    if grid.kind != "int" or grid.bits > 8 or grid.zero_point or spec.rounding != "rne":
         return False
     if len(spec.factors) != 1:
         return False

@@ -107,8 +107,9 @@ def chat(
         repetition_penalty: above 1 makes tokens that occurred less likely.
         max_new_tokens: longest answer, in tokens.
         seed: of the sampling.
-        kv: what keys and values are kept in: int8, fp8, int4 (one scale for each token and head),
-            fp16, fp32, or any number format of rows; None: what the model says, else fp16.
+        kv: what keys and values are kept in: int8, fp8, int4, int16 (one scale for each token and
+            head), fp16, fp32, or any number format of rows; None: what the model says, else int16 where
+            its activations are integers, fp16 elsewhere.
         stream: called with each new piece of the answer.
 
     Returns:

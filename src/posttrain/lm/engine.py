@@ -45,9 +45,9 @@ class Engine(Protocol):
     def keeps(self, scoring: bool = False) -> Spec:
         """What keys and values are kept in, when generating or when scoring."""
 
-    def session(self, capacity: int = 256, cache: str = "fp16") -> Any:
+    def session(self, capacity: int = 256, cache: str | None = None) -> Any:
         """An empty sequence; `capacity` is a hint, `cache` what keys and values are kept in where
-        `kv` does not say and the engine has a choice."""
+        `kv` does not say and the engine has a choice; None is what it `keeps`."""
 
     def forward(self, feeds: Sequence[tuple[Any, Tokens]], keep: int | None = 1) -> Tensor:
         """Feed sessions; float32 logits [kept tokens, vocabulary] after the last `keep` tokens of
@@ -86,10 +86,16 @@ class NativeEngine:
         return kernels.isa()
 
     def keeps(self, scoring: bool = False) -> Spec:
-        return self.kv or spec("fp32" if scoring else "fp16")
+        if self.kv is not None:
+            return self.kv
+        if self.decoder.rounds_inputs:  # attention in integers too
+            return parse_kv("int16")
+        return spec("fp32" if scoring else "fp16")
 
-    def session(self, capacity: int = 256, cache: str = "fp16", passing: bool = False) -> Memory:
-        kept = cache if self.kv is None else CACHES[str(self.kv)]
+    def session(
+        self, capacity: int = 256, cache: str | None = None, passing: bool = False
+    ) -> Memory:
+        kept = cache if cache and self.kv is None else CACHES[str(self.keeps())]
         return self.decoder.memory(capacity, kept, passing)
 
     def forward(self, feeds: Sequence[tuple[Memory, Tokens]], keep: int | None = 1) -> Tensor:
@@ -115,7 +121,8 @@ class NativeEngine:
     def _window_hidden(self, windows: Tensor, count: int) -> Iterator[Tensor]:
         """What the head makes the logits of `window_logits` from, window by window."""
         length = windows.shape[1]
-        session = self.session(length, "fp32", passing=length <= CHUNK)
+        kept = CACHES[str(self.keeps(scoring=True))]
+        session = self.session(length, kept, passing=length <= CHUNK)
         for window in windows:
             session.forget()
             yield self.decoder.hidden([(session, window.tolist())], count)[:-1]
@@ -153,7 +160,7 @@ class TorchEngine:
     def keeps(self, scoring: bool = False) -> Spec:
         return self.kv or spec(WIDE.get(self.model.dtype, "fp32"))
 
-    def session(self, capacity: int = 256, cache: str = "fp16") -> TorchSession:
+    def session(self, capacity: int = 256, cache: str | None = None) -> TorchSession:
         return TorchSession(self.model.config, self.kv)
 
     @torch.inference_mode()

@@ -123,7 +123,7 @@ def _scaled_scheme(weight: Spec, inputs: dict[str, Any] | None, columns: int) ->
     """Integers or E4M3 with one float scale per tensor, row, group or (E4M3) 128 x 128 tile."""
     grid = weight.grid
     factor = _only_float_factor(weight)
-    if grid.kind == "int":
+    if grid.kind == "int" and grid.bits <= 8:
         strategy = _strategy(factor, columns)
         return _int_scheme(grid.bits, not grid.zero_point, strategy, inputs)
     if grid.name != "e4m3":

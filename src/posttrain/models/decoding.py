@@ -46,7 +46,7 @@ LINEARS = {
 # Formats of the KV cache that the decoder keeps (see `kv`) -> its names for them.
 CACHES = {
     "fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8 | fp16/row": "int8",
-    "e4m3 | fp16/row": "e4m3", "int4 | fp16/row": "int4",
+    "e4m3 | fp16/row": "e4m3", "int4 | fp16/row": "int4", "int16 | fp32/row": "int16",
 }  # fmt: skip
 # Scalings whose angles depend on how long the sequence is.
 CHANGING_ROPES = ("dynamic", "longrope")

@@ -17,8 +17,11 @@ from posttrain.errors import UserError
 from posttrain.numbers import Spec
 
 # Short names, which would be no useful cache as Specs.
-NAMES = {"int8": "int8 | fp16/row", "fp8": "e4m3 | fp16/row", "int4": "int4 | fp16/row"}
-EXAMPLES = 'int8, fp8, int4, fp16, fp32 or a number format such as "int4 | fp16/g32"'
+NAMES = {
+    "int8": "int8 | fp16/row", "fp8": "e4m3 | fp16/row", "int4": "int4 | fp16/row",
+    "int16": "int16 | fp32/row",
+}  # fmt: skip
+EXAMPLES = 'int8, fp8, int4, int16, fp16, fp32 or a number format such as "int4 | fp16/g32"'
 # Layers of these kinds keep keys and values; others (linear attention, convolutions) a state.
 _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 

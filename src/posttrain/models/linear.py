@@ -480,8 +480,8 @@ def integer_bound(layer: QuantLinear, x: Tensor) -> Tensor:
 
 def _scale_width(spec: Spec, inputs: int) -> int:
     """Columns over which the scale of a [rows, inputs] matrix is constant."""
-    if spec.grid.kind != "int":
-        raise UserError(f"integer_forward needs integers; {spec} stores {spec.grid.name}")
+    if spec.grid.kind != "int" or spec.bits > 8:
+        raise UserError(f"integer_forward needs integers of a byte; {spec} stores {spec.grid.name}")
     partitions = [factor.partition for factor in spec.factors]
     if any(p.flat for p in partitions):
         raise UserError(f"integer_forward cannot use {spec}: its scale blocks straddle rows")

@@ -86,7 +86,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class IntGrid(Grid):
-    """Integers lo..hi; a code is the value itself (uint8 with a zero point, else int8)."""
+    """Integers lo..hi; a code is the value itself (uint8 with a zero point, int16 of more than 8 bits,
+    else int8)."""
 
     lo: int = field(kw_only=True)
     hi: int = field(kw_only=True)
@@ -319,6 +320,8 @@ def look_up(table: Tensor, index: Tensor) -> Tensor:
 @cache
 def levels(grid: Grid) -> Tensor | None:
     """The finite values of a grid, ascending, float32; None where they are too many to list."""
+    if grid.bits > 8:
+        return None
     if isinstance(grid, IntGrid):
         return torch.arange(grid.lo, grid.hi + 1, dtype=torch.float32)
     if isinstance(grid, FloatGrid | TableGrid):
@@ -491,6 +494,7 @@ def _dynamic8() -> tuple[float, ...]:
 
 _ROWS: tuple[Grid, ...] = (
     *(grid for bits in range(2, 9) for grid in _ints(bits)),
+    IntGrid("int16", 16, 32767.0, 32767.0, torch.int16, "int", lo=-32767, hi=32767),
     _float(4, 3, "fn"),  # OCP 8-bit, max 448
     _float(4, 3, "ieee", name="e4m3i"),  # IEEE-style, max 240
     _float(5, 2, "ieee"),  # OCP 8-bit, max 57344

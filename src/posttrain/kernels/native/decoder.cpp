@@ -17,6 +17,9 @@ namespace {
 /* Queries of a work item: enough to pass over keys and values seldom, few enough to share out. */
 const int64_t kQueriesPerItem = 24;
 
+/* Tokens of a call whose attention is divided by runs of positions. */
+const int64_t kFewTokens = 16;
+
 /* Rows of logits that losses are taken from at a time. */
 const int64_t kLossRows = 512;
 
@@ -25,6 +28,7 @@ int64_t cache_bytes(int32_t cache_type, int64_t channels) {
   switch (cache_type) {
     case PT_CACHE_F32: return 4 * channels;
     case PT_CACHE_I4: return ceil_div(channels, 2);
+    case PT_CACHE_I16: return 4 * ceil_div(channels, 2);
     default: return (cache_type < PT_CACHE_I8 ? 2 : 1) * channels;
   }
 }
@@ -82,14 +86,16 @@ class Pass {
         places_.push_back({sequences + i, sequences[i].length + t});
     tokens_ = (int64_t)places_.size();
     queries_ = (int64_t)m_.heads * m_.head_size, keys_ = (int64_t)m_.kv_heads * m_.head_size;
-    int64_t hidden = 0, longest = 0;
+    int64_t hidden = 0;
     for (int i = 0; i < m_.blocks; i++)
       hidden = m_.block[i].gate->rows > hidden ? m_.block[i].gate->rows : hidden;
-    for (auto &p : places_) longest = p.position >= longest ? p.position + 1 : longest;
-    scratch_floats_ = attention_scratch(longest);
+    for (auto &p : places_) longest_ = p.position >= longest_ ? p.position + 1 : longest_;
+    const int64_t queries = tokens_per_item() * (m_.heads / m_.kv_heads);
+    scratch_floats_ = run_scratch(m_.head_size) + (runs() + 1) * queries * floats_of_run();
+    const int64_t sums = tokens_ <= kFewTokens ? tokens_ * m_.heads * runs() * floats_of_run() : 0;
     const int64_t wide = m_.width > queries_ ? m_.width : queries_;
     float *memory = buffer().get<float>(tokens_ * (2 * wide + queries_ + 2 * keys_ + 2 * hidden) +
-                                        thread_count() * scratch_floats_);
+                                        thread_count() * scratch_floats_ + sums);
     auto take = [&](int64_t floats) {
       float *mine = memory;
       memory += floats;
@@ -98,7 +104,7 @@ class Pass {
     x = take(tokens_ * m_.width), h = take(tokens_ * wide);
     q_ = take(tokens_ * queries_), k_ = take(tokens_ * keys_), v_ = take(tokens_ * keys_);
     gate_ = take(tokens_ * hidden), up_ = take(tokens_ * hidden);
-    scratch_ = take(thread_count() * scratch_floats_);
+    scratch_ = take(thread_count() * scratch_floats_), sums_ = take(sums);
   }
 
   void embed_all(const int32_t *ids) {
@@ -188,7 +194,11 @@ class Pass {
     HeadCache c{};
     c.keys = (uint8_t *)s.keys + at * cache_bytes(s.type, size);
     c.values = (uint8_t *)s.values + at * cache_bytes(s.type, width);
-    if (s.type >= PT_CACHE_I8) c.key_scales = s.key_scales + at, c.value_scales = s.value_scales + at;
+    if (s.type >= PT_CACHE_I8) {
+      const int64_t bytes = s.type == PT_CACHE_I16 ? sizeof(float) : sizeof(uint16_t);
+      c.key_scales = (uint8_t *)s.key_scales + at * bytes;
+      c.value_scales = (uint8_t *)s.value_scales + at * bytes;
+    }
     c.type = s.type, c.head_size = size, c.value_width = width;
     c.scale = m_.attention_scale, c.soft_cap = m_.attention_cap, c.window = b.window;
     return c;
@@ -214,12 +224,13 @@ class Pass {
   /* q_ becomes what each query takes from the values. */
   void attend(const pt_block &b, int index) {
     const int64_t group = m_.heads / m_.kv_heads;
-    int64_t per_item = kQueriesPerItem / group > 1 ? kQueriesPerItem / group : 1; /* tokens */
+    const int64_t per_item = tokens_per_item();
     items_.clear();
     int64_t start = 0, units = 0;
     for (int i = 0; i < count_; i++) units += ceil_div(sequences_[i].tokens, per_item) * m_.kv_heads;
-    /* Too few items to go round: one for every query head. */
-    const int64_t heads = units < 4 * thread_count() ? 1 : group;
+    const bool few = units < 4 * thread_count(); /* too few items to go round */
+    if (few && tokens_ <= kFewTokens && runs() > 1) return attend_in_runs(b, index);
+    const int64_t heads = few ? 1 : group;
     for (int i = 0; i < count_; start += sequences_[i].tokens, i++)
       for (int64_t last = sequences_[i].tokens; last > 0; last -= per_item) /* long ones first */
         for (int64_t head = 0; head < m_.heads; head += heads)
@@ -227,17 +238,67 @@ class Pass {
     parallel_for((int64_t)items_.size(), [&](int64_t i, int thread) {
       const AttentionItem &item = items_[i];
       const pt_sequence &s = sequences_[item.sequence];
+      const HeadCache seen = cache(b, s, index, item.head / group);
+      const int64_t tokens = item.last - item.first, position = s.length + item.first;
+      const int64_t first = first_seen(b.window, position) / kAttentionRun, floats = run_floats(seen);
+      const int64_t runs = (position + tokens - 1) / kAttentionRun + 1 - first, stride = tokens * heads * floats;
       float *q = q_ + (item.start + item.first) * queries_ + item.head * m_.head_size;
-      kernels_.attend(cache(b, s, index, item.head / group), q, queries_, heads,
-                      item.last - item.first, s.length + item.first, q,
-                      scratch_ + thread * scratch_floats_);
+      float *scratch = scratch_ + thread * scratch_floats_, *sums = scratch + run_scratch(m_.head_size);
+      for (int64_t r = 0; r < runs; r++)
+        kernels_.attend_run(seen, q, queries_, heads, tokens, position, first + r, sums + r * stride, heads * floats,
+                            scratch);
+      for (int64_t t = 0; t < tokens; t++)
+        for (int64_t h = 0; h < heads; h++)
+          kernels_.join_runs(seen, runs, sums + (t * heads + h) * floats, stride, q + t * queries_ + h * m_.head_size);
     });
   }
+
+  /* The same, divided by what is seen rather than by who looks: keys and values are read once. */
+  void attend_in_runs(const pt_block &b, int index) {
+    const int64_t group = m_.heads / m_.kv_heads;
+    items_.clear();
+    for (int64_t i = 0, start = 0; i < count_; start += sequences_[i].tokens, i++)
+      for (int64_t run = first_run(b, i); run * kAttentionRun < sequences_[i].length + sequences_[i].tokens; run++)
+        for (int64_t head = 0; head < m_.heads; head += group)
+          items_.push_back({start, 0, sequences_[i].tokens, head, (int)i, run});
+    parallel_for((int64_t)items_.size(), [&](int64_t i, int thread) {
+      const AttentionItem &item = items_[i];
+      const pt_sequence &s = sequences_[item.sequence];
+      const HeadCache seen = cache(b, s, index, item.head / group);
+      kernels_.attend_run(seen, q_ + item.start * queries_ + item.head * m_.head_size, queries_, group, item.last,
+                          s.length, item.run, sums_of(seen, item.run, item.start, item.head),
+                          m_.heads * floats_of_run(), scratch_ + thread * scratch_floats_);
+    });
+    parallel_for(tokens_ * m_.heads, [&](int64_t i, int) {
+      const int64_t t = i / m_.heads, head = i % m_.heads, sequence = places_[t].sequence - sequences_;
+      const HeadCache seen = cache(b, *places_[t].sequence, index, head / group);
+      const int64_t first = first_run(b, sequence), runs = places_[t].position / kAttentionRun + 1 - first;
+      kernels_.join_runs(seen, runs, sums_of(seen, first, t, head), tokens_ * m_.heads * floats_of_run(),
+                         q_ + t * queries_ + head * m_.head_size);
+    });
+  }
+
+  /* The run that the first of its tokens sees first. */
+  int64_t first_run(const pt_block &b, int64_t sequence) const {
+    return first_seen(b.window, sequences_[sequence].length) / kAttentionRun;
+  }
+  /* What a head of a token takes from a run, in [runs, tokens, heads]. */
+  float *sums_of(const HeadCache &seen, int64_t run, int64_t token, int64_t head) const {
+    return sums_ + (run * tokens_ + token) * m_.heads * floats_of_run() + head * run_floats(seen);
+  }
+  int64_t tokens_per_item() const {
+    const int64_t group = m_.heads / m_.kv_heads;
+    return kQueriesPerItem / group > 1 ? kQueriesPerItem / group : 1;
+  }
+  int64_t runs() const { return ceil_div(longest_, kAttentionRun); }
+  /* At least run_floats(...) of any cache. */
+  int64_t floats_of_run() const { return padded(m_.head_size) + kPanel; }
 
   struct AttentionItem {
     int64_t start, first, last; /* where its sequence begins; tokens of that */
     int64_t head;
     int sequence;
+    int64_t run = 0;
   };
 
   const pt_model &m_;
@@ -247,7 +308,8 @@ class Pass {
   std::vector<Place> places_;
   std::vector<AttentionItem> items_;
   int64_t tokens_, queries_, keys_, scratch_floats_;
-  float *q_, *k_, *v_, *gate_, *up_, *scratch_;
+  int64_t longest_ = 0; /* positions that any token sees */
+  float *q_, *k_, *v_, *gate_, *up_, *scratch_, *sums_;
 };
 
 /* What n products with the head become before they are logits. */
@@ -328,7 +390,8 @@ int32_t check(const pt_model &m, const pt_sequence *sequences, int count, const 
     if (s.tokens < 0 || s.length < 0 || s.capacity % kPanel || s.length + s.tokens > s.capacity)
       return PT_BAD_SHAPE;
     if (s.passing && s.length) return PT_BAD_SHAPE;
-    if (s.type < PT_CACHE_F32 || s.type > PT_CACHE_I4) return PT_BAD_FORMAT;
+    if (s.type < PT_CACHE_F32 || s.type > PT_CACHE_I16) return PT_BAD_FORMAT;
+    if (s.type == PT_CACHE_I16 && m.head_size > kMostChannels) return PT_BAD_FORMAT;
     *tokens += s.tokens;
   }
   for (int64_t t = 0; t < *tokens; t++)

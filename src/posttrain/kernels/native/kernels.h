@@ -101,10 +101,10 @@ static inline int64_t block_columns(int64_t cols, int64_t segment) {
   return ceil_div(ceil_div(cols, parts), unit) * unit;
 }
 
-/* Keys and values of one head of one sequence, and how they are looked at (block.h). */
+/* Keys and values of one head of one sequence, and how they are looked at (attention.h). */
 struct HeadCache {
   void *keys, *values; /* of one head: see pt_sequence */
-  uint16_t *key_scales, *value_scales; /* [capacity], float16, for codes; else NULL */
+  void *key_scales, *value_scales; /* [capacity], for codes; else NULL */
   int32_t type;
   int64_t head_size, value_width; /* channels; the same padded to 16, for PT_CACHE_I4 to 32 */
   float scale, soft_cap;          /* of scores; 0 is no cap */
@@ -113,9 +113,25 @@ struct HeadCache {
 
 static const int kQueries = 6; /* queries that pass over a cache together, at most */
 
-/* Floats of scratch for queries that see up to `positions` positions. */
-static inline int64_t attention_scratch(int64_t positions) {
-  return kQueries * (ceil_div(positions, kPanel) + 1) * kPanel;
+/* Positions that a query takes a sum over before it joins the sums of all: what is the same whoever computes
+ * which of them, and what scores of kQueries lie in the first cache for. */
+static const int64_t kAttentionRun = 512;
+
+/* Channels of a head whose cache is PT_CACHE_I16. */
+static const int64_t kMostChannels = 1024;
+
+/* The first position that a query at `position` sees. */
+static inline int64_t first_seen(int64_t window, int64_t position) {
+  return window && position >= window ? position - window + 1 : 0;
+}
+
+/* Floats of what a query takes from a run: a sum for each channel, the largest score, the sum of e^(score -
+ * largest). */
+static inline int64_t run_floats(const HeadCache &c) { return c.value_width + kPanel; }
+
+/* Floats of scratch for attend_run: scores and, in 16 bits, weights and queries. */
+static inline int64_t run_scratch(int64_t channels) {
+  return kQueries * (kAttentionRun + (kAttentionRun + padded(channels)) / 2);
 }
 
 /* Where rounding goes over from one level to the next, padded with infinities so that a search halves
@@ -160,8 +176,14 @@ struct Kernels {
   void (*add_partition)(const float *x, int64_t n, PartitionSum &);
   float (*log_partition)(const PartitionSum &);
   void (*remember)(const HeadCache &, int64_t position, const float *key, const float *value);
-  void (*attend)(const HeadCache &, const float *q, int64_t ld, int64_t heads, int64_t tokens,
-                 int64_t position, float *out, float *scores);
+  /* What `heads` query heads of `tokens` tokens from `position` on, all of which see this cache head, take from
+   * one run: q [tokens, ld], heads side by side; sums [tokens, ld_sums], run_floats(...) for each head. */
+  void (*attend_run)(const HeadCache &, const float *q, int64_t ld, int64_t heads, int64_t tokens,
+                     int64_t position, int64_t run, float *sums, int64_t ld_sums,
+                     float *scratch); /* run_scratch(...) floats */
+  /* One head of one token, out [head_size], from the sums of `runs` runs, `stride` floats from one to the next.
+   * Runs of which it sees nothing change nothing. */
+  void (*join_runs)(const HeadCache &, int64_t runs, float *sums, int64_t stride, float *out);
   /* 16 rows of pt_round_columns and pt_descend_columns (columns.h). */
   void (*round_columns)(const pt_columns &, const Thresholds &, int64_t row, float *values,
                         float *errors, uint8_t *ranks);

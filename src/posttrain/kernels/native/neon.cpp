@@ -90,6 +90,28 @@ INLINE I32 dot(I32 sum, Bytes w, Quad x) {
 }
 template <bool Wide>
 INLINE I32 dot_at(I32 sum, Bytes w, const int8_t *x) { return dot<Wide>(sum, w, broadcast4(x)); }
+/* 16 pairs of integers of 16 bits; one pair, 16 times; sums of products, pair by pair; 16 lanes, saturated. */
+INLINE I32 load_pairs(const int16_t *from) {
+  I32 a;
+  UNROLL for (int i = 0; i < 4; i++) a.v[i] = vreinterpretq_s32_s16(vld1q_s16(from + 8 * i));
+  return a;
+}
+INLINE I32 repeat_pair(const int16_t *from) {
+  int32_t two;
+  __builtin_memcpy(&two, from, 4);
+  return set_i32(two);
+}
+INLINE I32 dot_pairs(I32 sum, I32 a, I32 b) {
+  EACH4(i) {
+    int16x8_t x = vreinterpretq_s16_s32(a.v[i]), y = vreinterpretq_s16_s32(b.v[i]);
+    int32x4_t low = vmull_s16(vget_low_s16(x), vget_low_s16(y));
+    sum.v[i] = vaddq_s32(sum.v[i], vpaddq_s32(low, vmull_high_s16(x, y)));
+  }
+  return sum;
+}
+INLINE void store_shorts(int16_t *to, I32 v) {
+  UNROLL for (int i = 0; i < 4; i++) vst1_s16(to + 4 * i, vqmovn_s32(v.v[i]));
+}
 INLINE int32_t first_lane(I32 a) { return vgetq_lane_s32(a.v[0], 0); }
 INLINE float first_lane(F32 a) { return vgetq_lane_f32(a.v[0], 0); }
 INLINE I32 load_bits(const float *from) {

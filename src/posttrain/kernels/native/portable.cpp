@@ -69,6 +69,26 @@ static inline I32 dot(I32 sum, Bytes w, Quad x) {
 }
 template <bool Wide>
 static inline I32 dot_at(I32 sum, Bytes w, const int8_t *x) { return dot<Wide>(sum, w, broadcast4(x)); }
+/* 16 pairs of integers of 16 bits; one pair, 16 times; sums of products, pair by pair; 16 lanes, saturated. */
+static inline I32 load_pairs(const int16_t *from) {
+  I32 a;
+  __builtin_memcpy(a.at, from, sizeof a.at);
+  return a;
+}
+static inline I32 repeat_pair(const int16_t *from) {
+  int32_t two;
+  __builtin_memcpy(&two, from, sizeof two);
+  return set_i32(two);
+}
+static inline I32 dot_pairs(I32 sum, I32 a, I32 b) {
+  int16_t x[32], y[32];
+  __builtin_memcpy(x, a.at, sizeof x), __builtin_memcpy(y, b.at, sizeof y);
+  EACH(i, 16) sum.at[i] += x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
+  return sum;
+}
+static inline void store_shorts(int16_t *to, I32 v) {
+  EACH(i, 16) to[i] = (int16_t)(v.at[i] > 32767 ? 32767 : v.at[i] < -32768 ? -32768 : v.at[i]);
+}
 static inline int32_t first_lane(I32 a) { return a.at[0]; }
 static inline float first_lane(F32 a) { return a.at[0]; }
 static inline I32 load_bits(const float *from) {

@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 /* Raised with every change of a struct or a signature; Python refuses any other. */
-#define PT_ABI 11
+#define PT_ABI 12
 PT_API int32_t pt_abi(void);
 /* Hash of the sources this library was built from (build.py), or "". */
 PT_API const char *pt_sources(void);
@@ -134,8 +134,8 @@ PT_API int32_t pt_rotate(float *x, int64_t tokens, int32_t cols);
  */
 enum pt_activation { PT_SILU = 0, PT_GELU_TANH = 1, PT_GELU = 2, PT_RELU = 3 };
 
-/* How keys and values are kept. From PT_CACHE_I8 on they are codes under a float16 scale for each
- * token and head, absmax / top rounded to nearest (ties to even; 1 for zeros): code = x / scale in
+/* How keys and values are kept. From PT_CACHE_I8 on they are codes under a float16 scale, of PT_CACHE_I16
+ * a float32 one, for each token and head, absmax / top rounded to nearest (ties to even; 1 for zeros): code = x / scale in
  * float32, rounded to nearest (ties to even) and clamped, as numbers.quantize does. */
 enum pt_cache_type {
   PT_CACHE_F32 = 0,
@@ -143,7 +143,8 @@ enum pt_cache_type {
   PT_CACHE_BF16 = 2,
   PT_CACHE_I8 = 3,   /* -127..127, top 127 */
   PT_CACHE_E4M3 = 4, /* OCP 8-bit floating point, top 448 */
-  PT_CACHE_I4 = 5    /* -7..7, top 7; two's complement, two to a byte */
+  PT_CACHE_I4 = 5,   /* -7..7, top 7; two's complement, two to a byte */
+  PT_CACHE_I16 = 6   /* -32767..32767, top 32767 */
 };
 
 typedef struct {
@@ -173,9 +174,10 @@ typedef struct {
   /* keys [blocks][kv_heads][capacity / 16][head_size][16], values [blocks][kv_heads][capacity][head_size
    * padded to 16]. Of PT_CACHE_I4: keys [...][capacity / 16][pairs of channels][16], the even channel
    * in the low nibbles; values [...][capacity][runs of 32 channels][16], the first 16 channels of a
-   * run in the low nibbles. */
+   * run in the low nibbles. Of PT_CACHE_I16: keys [...][capacity / 16][pairs of channels][16][2], values
+   * [...][capacity / 2][head_size padded to 16][2]. */
   void *keys, *values;
-  uint16_t *key_scales, *value_scales; /* [blocks][kv_heads][capacity] for codes, else NULL */
+  void *key_scales, *value_scales; /* [blocks][kv_heads][capacity] for codes, else NULL */
   const float *angles[2]; /* [positions][rotary]: cosines of rotary / 2 angles, then sines */
   int64_t capacity;       /* a multiple of 16 */
   int64_t length;         /* tokens remembered before the call */

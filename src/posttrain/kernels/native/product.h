@@ -1231,6 +1231,7 @@ int32_t multiply_registers(int64_t rounds) {
 }  // namespace
 
 #include "block.h"
+#include "attention.h"
 #include "columns.h"
 
 namespace {
@@ -1239,7 +1240,7 @@ namespace {
 [[maybe_unused]] Kernels kernels_named(const char *name) {
   return {name,     kDigitsAreFast, gemm_tile,  gemv,       gemm,             unpack,   rotate,        quantize,
           rms_norm, gated,      accumulate, rotate_positions, soft_cap, add_partition, log_partition, remember,
-          attend,   round_columns, descend_columns, read_bytes, multiply_registers};
+          attend_run, join_runs,  round_columns, descend_columns, read_bytes, multiply_registers};
 }
 
 }  // namespace

@@ -100,6 +100,27 @@ INLINE I32 dot(I32 sum, Bytes w, Quad x) {
 #endif
 template <bool Wide>
 INLINE I32 dot_at(I32 sum, Bytes w, const int8_t *x) { return dot<Wide>(sum, w, broadcast4(x)); }
+/* 16 pairs of integers of 16 bits; one pair, 16 times; sums of products, pair by pair; 16 lanes, saturated. */
+INLINE I32 load_pairs(const int16_t *from) {
+  return {{_mm256_loadu_si256((const __m256i *)from), _mm256_loadu_si256((const __m256i *)from + 1)}};
+}
+INLINE I32 repeat_pair(const int16_t *from) {
+  int32_t two;
+  __builtin_memcpy(&two, from, 4);
+  return set_i32(two);
+}
+INLINE I32 dot_pairs(I32 sum, I32 a, I32 b) {
+#if defined(__AVXVNNI__)
+  BOTH(i) __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum.v[i]) : "x"(a.v[i]), "x"(b.v[i])); /* as in dot */
+#else
+  BOTH(i) sum.v[i] = _mm256_add_epi32(sum.v[i], _mm256_madd_epi16(a.v[i], b.v[i]));
+#endif
+  return sum;
+}
+INLINE void store_shorts(int16_t *to, I32 v) {
+  __m256i packed = _mm256_packs_epi32(v.v[0], v.v[1]);
+  _mm256_storeu_si256((__m256i *)to, _mm256_permute4x64_epi64(packed, 0b11011000));
+}
 INLINE int32_t first_lane(I32 a) { return _mm_cvtsi128_si32(_mm256_castsi256_si128(a.v[0])); }
 INLINE I32 load_bits(const float *from) {
   return {{_mm256_loadu_si256((const __m256i *)from), _mm256_loadu_si256((const __m256i *)from + 1)}};

@@ -65,6 +65,20 @@ INLINE I32 dot_at(I32 sum, Bytes w, const int8_t *x) {
   __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum.v) : "v"(w.v), "m"(*(const int32_t *)x));
   return sum;
 }
+/* 16 pairs of integers of 16 bits; one pair, 16 times; sums of products, pair by pair; 16 lanes, saturated. */
+INLINE I32 load_pairs(const int16_t *from) { return {_mm512_loadu_si512(from)}; }
+INLINE I32 repeat_pair(const int16_t *from) {
+  int32_t two;
+  __builtin_memcpy(&two, from, 4);
+  return {_mm512_set1_epi32(two)};
+}
+INLINE I32 dot_pairs(I32 sum, I32 a, I32 b) {
+  __asm__("vpdpwssd %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v)); /* as in dot */
+  return sum;
+}
+INLINE void store_shorts(int16_t *to, I32 v) {
+  _mm256_storeu_si256((__m256i *)to, _mm512_cvtsepi32_epi16(v.v));
+}
 INLINE int32_t first_lane(I32 a) { return _mm_cvtsi128_si32(_mm512_castsi512_si128(a.v)); }
 INLINE I32 load_bits(const float *from) { return {_mm512_loadu_si512(from)}; }
 INLINE void store_bits(float *to, I32 v) { _mm512_storeu_si512(to, v.v); }
