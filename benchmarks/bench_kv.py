@@ -19,7 +19,7 @@ from posttrain import kernels
 from posttrain.bench.contenders import token_ids
 from posttrain.lm.engine import engine
 
-FORMATS = ("int8", "fp8", "int4")
+FORMATS = ("int16", "int8", "fp8", "int4")
 TEXT = ("--max-tokens", "8192", "--window", "512")
 LENGTHS, ROUNDS, TOKENS = (2048, 8192), 24, 8
 
@@ -39,7 +39,7 @@ def main() -> None:
 
 def costs(name: str, model: str) -> list[dict[str, object]]:
     rows = []
-    for kv in FORMATS:
+    for kv in ("fp16", *FORMATS):
         found = run_json("compare", model, model, "--kv", kv, "--no-generations", *TEXT)
         (pair,), entry = found["pairs"], found["models"][1]
         keys = ("delta_nll", "ci_low", "ci_high", "kl", "greedy_agreement")

@@ -31,12 +31,13 @@ def token_ids(count: int, vocabulary: int) -> list[int]:
 
 class Contender(ABC):
     """Base: timing and memory. `cache` is how keys and values are kept, where there is a choice; ""
-    is what the model says."""
+    is what the model says. `longest`: tokens of the longest run."""
 
     vocabulary: int
 
-    def __init__(self, source: str, threads: int, cache: str) -> None:
+    def __init__(self, source: str, threads: int, cache: str, longest: int = 4096) -> None:
         torch.set_num_threads(threads)
+        self.longest = longest
         self.prepare(source)
         self._imports = psutil.Process().memory_info().rss
         self.load(source, threads, cache)
@@ -170,9 +171,11 @@ class LlamaCpp(Contender):
         if not self.model:
             raise UserError(f"llama.cpp cannot load {source}")
         how = llama_cpp.llama_context_default_params()
-        how.n_ctx, how.n_batch, how.n_ubatch = 4096, 512, 512
+        how.n_ctx, how.n_batch, how.n_ubatch = self.longest, 512, 512
         how.n_threads = how.n_threads_batch = threads
         self.context = llama_cpp.llama_init_from_model(self.model, how)
+        if not self.context:
+            raise UserError(f"llama.cpp has no memory for {self.longest} tokens of {source}")
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(
             llama_cpp.llama_model_get_vocab(self.model)
         )

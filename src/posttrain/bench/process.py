@@ -11,11 +11,13 @@ from posttrain.errors import UserError
 class Worker:
     """The process of one contender, seen from outside. Raises UserError with its message."""
 
-    def __init__(self, name: str, source: str, threads: int, cache: str = "") -> None:
+    def __init__(
+        self, name: str, source: str, threads: int, cache: str = "", longest: int = 4096
+    ) -> None:
         self.name = name
         command = [sys.executable, "-m", "posttrain.bench.worker"]
         self._process = subprocess.Popen(
-            [*command, name, source, str(threads), cache],
+            [*command, name, source, str(threads), cache, str(longest)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

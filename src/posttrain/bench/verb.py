@@ -120,9 +120,10 @@ class _Round:
 
         workers: list[Worker] = []
         probe = Probe(self.threads)
+        longest = max(self.prefill, self.decode + 1, FIRST_TOKEN)
         try:
             for name, source in sources.items():
-                workers.append(Worker(name, source, self.threads, self.cache or ""))
+                workers.append(Worker(name, source, self.threads, self.cache or "", longest))
             runs = {worker.name: Runs() for worker in workers}
             bar = tqdm(
                 total=(self.rounds + 1) * len(workers),

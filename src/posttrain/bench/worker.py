@@ -1,6 +1,6 @@
 """One contender in a process of its own, so that its memory and its threads are its own.
 
-    python -m posttrain.bench.worker NAME SOURCE THREADS CACHE
+    python -m posttrain.bench.worker NAME SOURCE THREADS CACHE LONGEST
 
 Reads a command per line on standard input, answers with a JSON object per line on standard output:
 `prefill N`, `decode N`, `score N` give `{"seconds": ...}`; `facts` what was loaded; `end` ends.
@@ -13,7 +13,7 @@ from typing import Any
 from posttrain.errors import UserError
 
 
-def main(name: str, source: str, threads: str, cache: str) -> None:
+def main(name: str, source: str, threads: str, cache: str, longest: str) -> None:
     out = sys.stdout
     sys.stdout = sys.stderr  # libraries print; the answers must stay readable
     contender: Any = None
@@ -25,7 +25,7 @@ def main(name: str, source: str, threads: str, cache: str) -> None:
             if contender is None:
                 from posttrain.bench.contenders import contender_named
 
-                contender = contender_named(name)(source, int(threads), cache)
+                contender = contender_named(name)(source, int(threads), cache, int(longest))
             answer = (
                 contender.facts()
                 if what == "facts"
