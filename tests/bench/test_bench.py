@@ -175,7 +175,7 @@ def test_a_worker_that_dies_is_noticed(small):
 
 def test_a_worker_prints_nothing_but_answers(small):
     done = subprocess.run(
-        [sys.executable, "-m", "posttrain.bench.worker", "posttrain", str(small / "w4"), "1", "fp16"],
+        [sys.executable, "-m", "posttrain.bench.worker", "posttrain", str(small / "w4"), "1", "fp16", "64"],
         input="facts\nprefill 5\nsing 3\nend\n", capture_output=True, text=True, check=False,
     )  # fmt: skip
     facts, prefill, error = map(json.loads, done.stdout.splitlines())
