@@ -510,7 +510,8 @@ def test_a_broken_weight_is_not_hidden(part, default_kernels):
             3, 2
         ] = torch.nan
         native = decoder(model)
-        assert native.forward([(native.memory(cache="fp32"), tokens(20))]).isnan().any()
+        for cache in ("fp32", "int16"):
+            assert native.forward([(native.memory(cache=cache), tokens(20))]).isnan().any(), cache
 
 
 def test_a_memory_goes_back_and_forgets(mixed):
