@@ -2,7 +2,7 @@
 
     pip install llama-cpp-python      # built from source, it uses this processor's instructions
     pip install ctranslate2
-    python benchmarks/bench_speed.py [--only demo|1b] [--text FILE] [--windows 64] [--rounds 7]
+    python benchmarks/bench_speed.py [--only demo|1b] [--text FILE] [--windows 64] [--rounds 7] [--threads N,N]
 
 `demo` (results/speed-demo.json): the shipped integer recipes, one of them with a plan for more bits
 too, and the GGUF types of the same width, timed in the same rounds by `posttrain bench`, and scored
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=wikitext())
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", help="as of posttrain bench")
     args = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
     if args.only != "1b":
@@ -53,7 +54,7 @@ def demo(args: argparse.Namespace) -> None:
         words = ("--recipe", *recipe.split(), "-o", str(made[recipe]), "--overwrite")
         run_json("quantize", "demo", *words)
     against = ("--against", "llama.cpp,transformers,ctranslate2", "--rounds", str(args.rounds))
-    timed = {name: run_json("bench", str(path), *against) for name, path in made.items()}
+    timed = {name: run_json("bench", str(path), *against, *threads(args)) for name, path in made.items()}
     with tempfile.TemporaryDirectory() as folder:
         files = {name: gguf_of(str(path), nearest_type(str(path)), Path(folder))
                  for name, path in made.items()}  # fmt: skip
@@ -71,6 +72,10 @@ def demo(args: argparse.Namespace) -> None:
     )
 
 
+def threads(args: argparse.Namespace) -> list[str]:
+    return ["--threads", args.threads] if args.threads else []
+
+
 def one_billion(args: argparse.Namespace) -> None:
     model = WORK / "random-1b"
     build(model)
@@ -80,7 +85,8 @@ def one_billion(args: argparse.Namespace) -> None:
         plain = ("--solver", "rtn", "--transform", "none", "--overwrite")
         run_json("quantize", str(model), "--recipe", recipe, "-o", str(out), *plain)
         words = ["--against", "llama.cpp", "--prefill", "128", "--decode", "32"]
-        timed[recipe] = run_json("bench", str(out), *words, "--rounds", str(min(args.rounds, 4)))
+        words += ["--rounds", str(min(args.rounds, 4)), *threads(args)]
+        timed[recipe] = run_json("bench", str(out), *words)
         rows += _rows(recipe, timed[recipe], None, None)
         shutil.rmtree(out)
     write_result("speed-1b", {"rows": rows, "benches": timed})

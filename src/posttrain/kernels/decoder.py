@@ -2,7 +2,8 @@
 
 `Decoder` knows dimensions and packed weights, no model library; `models.decoding` makes one from a
 loaded model. `Memory` is what a sequence remembers (its KV cache); any number of them, each at its
-own length, share a call. All arithmetic between the products is float32.
+own length, share a call. Arithmetic between the products is float32, but for attention over a cache
+of 16-bit integers.
 """
 
 import ctypes

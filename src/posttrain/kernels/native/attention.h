@@ -127,8 +127,9 @@ void remember_as(const HeadCache &c, int64_t position, const float *key, const f
 
 /* -------------------------------------------------------------------------------- attention */
 
-/* Few queries wait for memory: they ask for the keys after these, for values so many positions ahead. */
-INLINE constexpr bool waits(int queries) { return queries <= 3; }
+/* Where queries are too few for a tile they wait for memory, and ask for the keys after these and for values
+ * so many positions ahead. */
+INLINE constexpr bool waits(int queries) { return queries < kAttentionTile.tokens; }
 static const int64_t kPositionsAhead = 16;
 
 /* Bytes of 16 elements; of PT_CACHE_I4 they hold 32. */

@@ -144,7 +144,7 @@ enum pt_cache_type {
   PT_CACHE_I8 = 3,   /* -127..127, top 127 */
   PT_CACHE_E4M3 = 4, /* OCP 8-bit floating point, top 448 */
   PT_CACHE_I4 = 5,   /* -7..7, top 7; two's complement, two to a byte */
-  PT_CACHE_I16 = 6   /* -32767..32767, top 32767 */
+  PT_CACHE_I16 = 6   /* -32767..32767, top 32767; attention rounds queries and weights to 16 bits too */
 };
 
 typedef struct {
