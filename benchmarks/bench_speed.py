@@ -54,7 +54,9 @@ def demo(args: argparse.Namespace) -> None:
         words = ("--recipe", *recipe.split(), "-o", str(made[recipe]), "--overwrite")
         run_json("quantize", "demo", *words)
     against = ("--against", "llama.cpp,transformers,ctranslate2", "--rounds", str(args.rounds))
-    timed = {name: run_json("bench", str(path), *against, *threads(args)) for name, path in made.items()}
+    timed = {
+        name: run_json("bench", str(path), *against, *threads(args)) for name, path in made.items()
+    }
     with tempfile.TemporaryDirectory() as folder:
         files = {name: gguf_of(str(path), nearest_type(str(path)), Path(folder))
                  for name, path in made.items()}  # fmt: skip
