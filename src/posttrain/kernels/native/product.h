@@ -327,7 +327,7 @@ void packed_tile(const Tile &tile) {
 /* A panel x T tokens where in_halves() holds. A processor looks some hundred instructions ahead: the
  * fewer of them each line of codes takes, the more lines are on their way at once, which is what fast
  * memory wants (on Zen 5; Zen 4 minds more which lines are asked for). So a segment has as few as it can:
- * its units written out, no chains but what it needs. */
+ * its units written out, no chains but what it needs. With few registers that would be slower by 5 to 20%. */
 template <bool EveryLine, int Bits, bool Lookup, bool Wide, int T>
 void halves_tile(const Tile &tile) {
   const pt_weight &w = *tile.product.weight;
@@ -353,7 +353,7 @@ void halves_tile(const Tile &tile) {
         add_unit<EveryLine, Bits, Lookup, Wide, 0, 8>(sums, 0, unit, next, codes, ldx, table);
         unit += unit_bytes(Bits), next += unit_bytes(Bits), codes += kUnit;
       }
-    if constexpr (units.value > 1)
+    if constexpr (units.value > 1 || !kManyRegisters)
       if ((uintptr_t)scales % kVector == 0) prefetch((const uint8_t *)scales + kHalvesAhead, kVector);
     in_this_order(); /* as in add_steps */
     auto stored = [&](int, int64_t) INLINE_LAMBDA { return load_halves<true>(scales); };
@@ -368,10 +368,12 @@ void halves_tile(const Tile &tile) {
   auto add_segments = [&](auto runs, auto units) INLINE_LAMBDA {
     for (; left >= per_segment; left -= per_segment) add_segment(runs, units);
   };
-  if (per_segment == 1) add_segments(one, one);
-  else if (per_segment == 2) add_segments(one, Constant<2>{});
-  else if (per_segment == 4) add_segments(one, Constant<4>{});
-  else add_segments(per_segment, one);
+  if constexpr (kManyRegisters) {
+    if (per_segment == 1) add_segments(one, one);
+    else if (per_segment == 2) add_segments(one, Constant<2>{});
+    else if (per_segment == 4) add_segments(one, Constant<4>{});
+  }
+  add_segments(per_segment, one);
   if (left) add_segment(left, one);
   write_tile(floats, tile);
 }
@@ -828,12 +830,14 @@ void integer_gemv(const Product &product, const Share &share) {
       if (scales_of(product) == kRows) multiply(Constant<kRows>{});
       else multiply(Constant<kAny>{});
     };
-    if constexpr (p == 1 && t == 1)
+    if constexpr (p == 1 && t == 1 && kManyRegisters)
       if (!reading().every_line) return read(Constant<false>{});
     read(Constant<true>{});
   };
-  if (reading().streams == 1) for_tiles<1, kGemvTokens>(product.x, share, run);
-  else for_tiles<2, kGemvTokens>(product.x, share, run);
+  /* With few registers several tokens wait for their products, not for memory. */
+  const bool one_token = share.token_end - share.token == 1;
+  if (reading().streams == 1 || !(kManyRegisters || one_token)) for_tiles<1, kGemvTokens>(product.x, share, run);
+  else for_tiles<2, kManyRegisters ? kGemvTokens : 1>(product.x, share, run);
 }
 
 template <class Weights>
