@@ -63,6 +63,7 @@ def test_the_json_has_what_it_promises_and_ratios_agree(small, capsys, tmp_path)
         assert found[f"{what}_tps"] > 0 and peer[f"{what}_tps"] > 0
     assert found["threads"] == 2 and found["kernel"] == kernels.isa()
     assert 0 < found["bandwidth_share"] and 0 < found["peak_share"]
+    assert found["depth"] == 0 and found["kv_bytes_per_token"] > 0
     assert found["rss_bytes"] > found["rss_above_imports_bytes"]
     assert "<svg" in (tmp_path / "p.svg").read_text()
 
@@ -72,6 +73,9 @@ def test_the_table_names_every_contender_and_thread_count(small, capsys):
     assert main(["bench", str(small / "full"), *words]) == 0
     shown = capsys.readouterr().out
     assert shown.count("posttrain ") == 2 and kernels.isa() in shown
+    assert "after" not in shown.replace("after 16 tokens", "")
+    assert main(["bench", str(small / "full"), *words, "--depth", "40"]) == 0
+    assert "3 tokens, after 40" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["posttrain", "transformers"])
@@ -93,6 +97,23 @@ def test_contenders_compute_what_the_model_says(small, name):
     assert contender.run("decode", 2) > 0
 
 
+@pytest.mark.parametrize("name", ["posttrain", "transformers"])
+def test_an_answer_follows_what_stands_before_it(small, name):
+    contender = contenders.contender_named(name)(str(small / "full"), 2, "fp32")
+    ids = contenders.token_ids(30, contender.vocabulary)
+
+    def logits(tokens):
+        return contender.engine.forward([(contender.engine.session(), tokens)])
+
+    for depth in (30, 0):
+        assert contender.run("decode", 3, depth) > 0
+        text = [*ids[:depth], 1]
+        for _ in range(2):
+            text.append(int(logits(text).argmax()))
+        found = contender.engine.forward([(contender.session, [5])])
+        torch.testing.assert_close(found, logits([*text, 5]), rtol=1e-4, atol=1e-5)
+
+
 @llama_cpp
 def test_llama_cpp_runs_the_same_model(small, tmp_path):
     """Its logits on the GGUF file written for it are those of the checkpoint."""
@@ -104,6 +125,11 @@ def test_llama_cpp_runs_the_same_model(small, tmp_path):
     model = posttrain.load(small / "full", dtype="float32")
     with torch.inference_mode():
         expected = model(input_ids=torch.tensor([ids])).logits[0, -1]
+    assert torch.corrcoef(torch.stack([torch.tensor(row), expected]))[0, 1] > 0.999
+    contender.run("decode", 1, depth=9)
+    row = contender.c.llama_get_logits_ith(contender.context, -1)[: contender.vocabulary]
+    with torch.inference_mode():
+        expected = model(input_ids=torch.tensor([[*ids, 1]])).logits[0, -1]
     assert torch.corrcoef(torch.stack([torch.tensor(row), expected]))[0, 1] > 0.999
     assert gguf_peer.nearest_type(str(small / "w4")) == "Q4_0"
     assert gguf_peer.nearest_type(str(small / "full")) == "BF16"
@@ -131,7 +157,7 @@ def test_ctranslate2_runs_the_same_model(small, tmp_path):
     contender = contenders.CTranslate2(str(made), 2, "fp16")
     ids = contenders.token_ids(9, contender.vocabulary)
     assert contender.run("prefill", 9) > 0 and contender.run("decode", 5) > 0
-    assert contender.run("score", 9) > 0
+    assert contender.run("decode", 2, depth=9) > 0 and contender.run("score", 9) > 0
     (scores,) = contender.generator.score_batch([[contender.words[i] for i in ids]])
     model = posttrain.load(small / "full", dtype="float32")
     with torch.inference_mode():
@@ -147,6 +173,7 @@ def test_ctranslate2_runs_the_same_model(small, tmp_path):
         (["--against", "lama.cpp"], "did you mean 'llama.cpp'"),
         (["--threads", "0"], "0"),
         (["--rounds", "0"], "whole number of at least 1"),
+        (["--depth", "-1"], "whole number of at least 0"),
     ],
 )
 def test_mistakes_are_named(small, capsys, words, message):
@@ -176,7 +203,8 @@ def test_a_worker_that_dies_is_noticed(small):
 def test_a_worker_prints_nothing_but_answers(small):
     done = subprocess.run(
         [sys.executable, "-m", "posttrain.bench.worker", "posttrain", str(small / "w4"), "1", "fp16", "64"],
-        input="facts\nprefill 5\nsing 3\nend\n", capture_output=True, text=True, check=False,
+        input="facts\nprefill 5\ndecode 2 9\nsing 3\nend\n", capture_output=True, text=True, check=False,
     )  # fmt: skip
-    facts, prefill, error = map(json.loads, done.stdout.splitlines())
-    assert facts["weight_bytes"] > 0 and prefill["seconds"] > 0 and "sing" in error["error"]
+    facts, prefill, decode, error = map(json.loads, done.stdout.splitlines())
+    assert facts["weight_bytes"] > 0 and "sing" in error["error"]
+    assert prefill["seconds"] > 0 and decode["seconds"] > 0

@@ -1,7 +1,8 @@
 """The engines that are compared, each behind the same three runs.
 
 `prefill` feeds N tokens to an empty sequence and wants the logits after the last; `decode` draws N
-tokens greedily, one by one, after a first; `score` wants the loss of all tokens of a window of N.
+tokens greedily, one by one, after a first, which may stand after others that are not timed; `score`
+wants the loss of all tokens of a window of N.
 Tokens are arbitrary but the same for all: no engine's speed depends on them.
 """
 
@@ -11,6 +12,7 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import torch
 from posttrain import kernels
 from posttrain.bench.ctranslate2_peer import FACTS
 from posttrain.errors import UserError
+from posttrain.models.kv import describe_kv
 
 ROWS = 64  # logits are looked at in parts of so many positions
 
@@ -58,8 +61,12 @@ class Contender(ABC):
         """Logits after the last of these tokens."""
 
     @abstractmethod
+    def begin(self, context: list[int], count: int) -> None:
+        """Begin a sequence with these tokens, or none, and room for a first and `count` more."""
+
+    @abstractmethod
     def decode(self, count: int) -> None:
-        """Draw so many tokens, one by one."""
+        """Feed a first token to what was begun and draw so many, one by one."""
 
     def score(self, tokens: list[int]) -> None:
         raise UserError("it does not score")
@@ -68,11 +75,15 @@ class Contender(ABC):
     def describe(self) -> dict[str, Any]:
         """`kernel`, `weight_bytes`, `bits_per_weight` and what else is known."""
 
-    def run(self, what: str, count: int) -> float:
-        """Seconds of "prefill", "decode" or "score" with `count` tokens."""
+    def run(self, what: str, count: int, depth: int = 0) -> float:
+        """Seconds of "prefill", "decode" (after `depth` tokens) or "score" with `count` tokens."""
         if what not in ("prefill", "decode", "score"):
             raise UserError(f"unknown run {what!r}: choose prefill, decode or score")
-        given = count if what == "decode" else token_ids(count, self.vocabulary)
+        given: Any = count
+        if what == "decode":
+            self.begin(token_ids(depth, self.vocabulary), count)
+        else:
+            given = token_ids(count, self.vocabulary)
         begun = time.perf_counter()
         getattr(self, what)(given)
         return time.perf_counter() - begun
@@ -97,20 +108,26 @@ class Posttrain(Contender):
     def prefill(self, tokens: list[int]) -> None:
         self.engine.forward([(self.engine.session(len(tokens)), tokens)])
 
+    def begin(self, context: list[int], count: int) -> None:
+        self.session = self.engine.session(len(context) + 1 + count)
+        if context:
+            self.engine.forward([(self.session, context)])
+
     def decode(self, count: int) -> None:
-        session, text, greedy = self.engine.session(count + 1), [1], kernels.Sampling()
+        text, greedy = [1], kernels.Sampling()
         for _ in range(count):
-            text += self.engine.step([(session, text[-1:])], [greedy], [text])
+            text += self.engine.step([(self.session, text[-1:])], [greedy], [text])
 
     def score(self, tokens: list[int]) -> None:
         self.engine.window_losses(torch.tensor([tokens]), len(tokens), ROWS)
 
     def describe(self) -> dict[str, Any]:
-        found = self.model.posttrain
+        found, kept = self.model.posttrain, self.engine.keeps()
         decoder = getattr(self.engine, "decoder", None)
         return {
             "kernel": self.engine.name,
-            "cache": str(self.engine.keeps()),
+            "cache": str(kept),
+            "kv_bytes_per_token": describe_kv(kept, self.model.config)["kv_bytes_per_token"],
             "bits_per_weight": found["bits_per_weight"],
             "stored_bytes": found["bytes"],
             "weight_bytes": decoder.nbytes if decoder else found["bytes"],
@@ -133,10 +150,15 @@ class Transformers(Contender):
     def prefill(self, tokens: list[int]) -> None:
         self.engine.forward([(self.engine.session(), tokens)])
 
+    def begin(self, context: list[int], count: int) -> None:
+        self.session = self.engine.session()
+        if context:
+            self.engine.forward([(self.session, context)])
+
     def decode(self, count: int) -> None:
-        session, token = self.engine.session(), 1
+        token = 1
         for _ in range(count):
-            token = int(self.engine.forward([(session, [token])])[0].argmax())
+            token = int(self.engine.forward([(self.session, [token])])[0].argmax())
 
     @torch.inference_mode()
     def score(self, tokens: list[int]) -> None:
@@ -195,8 +217,10 @@ class LlamaCpp(Contender):
         for start in range(0, len(tokens), 512):
             self._feed(tokens[start : start + 512])
 
+    def begin(self, context: list[int], count: int) -> None:
+        self.prefill(context)
+
     def decode(self, count: int) -> None:
-        self._forget()
         token = 1
         for _ in range(count):
             self._feed([token])
@@ -232,10 +256,12 @@ class CTranslate2(Contender):
         self.words = json.loads((self.source / "vocabulary.json").read_text(encoding="utf-8"))
         self.vocabulary = len(self.words)
 
-    def _generate(self, tokens: list[int], count: int) -> None:
-        """Draw so many tokens greedily; it has no way to stop after the prompt's logits."""
+    def _generate(self, tokens: list[int], count: int, context: Sequence[int] = ()) -> None:
+        """Draw so many tokens greedily; it has no way to stop after the prompt's logits. The state
+        after a context is kept, and taken when the same one comes again."""
         (result,) = self.generator.generate_batch(
             [[self.words[token] for token in tokens]],
+            static_prompt=[self.words[token] for token in context] or None,
             min_length=count,
             max_length=count,
             include_prompt_in_result=False,
@@ -247,8 +273,13 @@ class CTranslate2(Contender):
     def prefill(self, tokens: list[int]) -> None:
         self._generate(tokens, 1)
 
+    def begin(self, context: list[int], count: int) -> None:
+        self.context = context
+        if context:
+            self._generate([1], 1, context)
+
     def decode(self, count: int) -> None:
-        self._generate([1], count)
+        self._generate([1], count, self.context)
 
     def score(self, tokens: list[int]) -> None:
         self.generator.score_batch([[self.words[token] for token in tokens]])

@@ -21,7 +21,9 @@ def draw(result: dict[str, Any], path: Path) -> Path:
     """Write the picture as SVG; returns its path. UserError where it cannot be written."""
     marks: list[Markup] = [Markup(STYLE)]
     y = TOP
-    for what, title in (("prefill", "prompt"), ("decode", "answer"), ("score", "scoring")):
+    after = f" after {result['depth']} tokens" if result["depth"] else ""
+    titles = {"prefill": "prompt", "decode": f"answer{after}", "score": "scoring"}
+    for what, title in titles.items():
         bars = _bars(result, what)
         if len(bars) < 1:
             continue

@@ -28,9 +28,9 @@ class Worker:
             self.close()
             raise
 
-    def seconds(self, what: str, count: int) -> float:
+    def seconds(self, what: str, *counts: int) -> float:
         """Time of one run."""
-        return float(self.ask(f"{what} {count}")["seconds"])
+        return float(self.ask(" ".join([what, *map(str, counts)]))["seconds"])
 
     def ask(self, command: str) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None

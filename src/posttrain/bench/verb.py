@@ -51,6 +51,7 @@ def bench(
     threads: int | Sequence[int] | None = None,
     prefill: int = 512,
     decode: int = 64,
+    depth: int = 0,
     rounds: int = 5,
     cache: str | None = None,
     plot: str | Path | None = None,
@@ -65,6 +66,7 @@ def bench(
             model this one was quantized from).
         threads: how many, or several counts; None: one, and one per processor.
         prefill, decode: tokens of a prompt, and of an answer.
+        depth: tokens that stand before an answer; their time is not counted.
         rounds: how often everything is repeated.
         cache: what our keys and values are kept in, see `evaluate`'s kv; None: what the model says,
             else int16 where its activations are integers, fp16 elsewhere (scoring: fp32).
@@ -73,16 +75,16 @@ def bench(
     Returns:
         For the largest number of threads: `model`, `kernel`, `threads`, `prefill_tps`,
         `decode_tps`, `score_tps` (tokens per second), `first_token_seconds` (of a prompt of 16),
-        `bandwidth_share` (of what the memory gives, by decoding), `peak_share` (of the integer
-        peak, by prefilling), `rss_bytes`, `rss_above_imports_bytes`, `weight_bytes`,
-        `bits_per_weight`, `probe` (bytes and operations per second), `peers`: a list of the same
+        `bandwidth_share` (of what the memory gives, by decoding: weights, and the keys and values of
+        `depth` tokens), `peak_share` (of the integer peak, by prefilling), `rss_bytes`,
+        `rss_above_imports_bytes`, `weight_bytes`, `bits_per_weight`, `kv_bytes_per_token`, `probe` (bytes and operations per second), `peers`: a list of the same
         for each, with `name`, `prefill_ratio`, `decode_ratio`, `score_ratio` (ours over theirs) and
         `..._ratio_spread` (lowest and highest of the rounds). `by_threads`: this for every count.
 
     Raises:
         UserError: a peer that is unknown or not installed, a model that cannot be loaded.
     """
-    _check(against, rounds, prefill, decode)
+    _check(against, rounds, prefill, decode, depth)
     counts = _thread_counts(threads)
     with tempfile.TemporaryDirectory(prefix="posttrain-bench-") as folder:
         sources = {"posttrain": str(model)}
@@ -95,7 +97,7 @@ def bench(
                 sources[name] = str(ctranslate2_of(str(model), Path(folder)))
         found = []
         for count in counts:
-            plan = _Round(count, prefill, decode, rounds, cache)
+            plan = _Round(count, prefill, decode, depth, rounds, cache)
             found.append(plan.measure(sources, progress))
             if "llama.cpp" in against:
                 _entry(found[-1], "llama.cpp")["type"] = kind
@@ -112,6 +114,7 @@ class _Round:
     threads: int
     prefill: int
     decode: int
+    depth: int
     rounds: int
     cache: str | None
 
@@ -120,7 +123,7 @@ class _Round:
 
         workers: list[Worker] = []
         probe = Probe(self.threads)
-        longest = max(self.prefill, self.decode + 1, FIRST_TOKEN)
+        longest = max(self.prefill, self.depth + 1 + self.decode, FIRST_TOKEN)
         try:
             for name, source in sources.items():
                 workers.append(Worker(name, source, self.threads, self.cache or "", longest))
@@ -142,13 +145,14 @@ class _Round:
         return self._result(runs, facts, probe)
 
     def _run(self, worker: Worker, runs: Runs, probe: "Probe") -> None:
-        asked = {"prefill": self.prefill, "decode": self.decode, "score": self.prefill}
-        for what, count in asked.items():
+        answer = (self.decode, self.depth)
+        asked = {"prefill": (self.prefill,), "decode": answer, "score": (self.prefill,)}
+        for what, counts in asked.items():
             if what == "score" and worker.name == "llama.cpp":
                 continue
             before = probe.bandwidth()
-            seconds = worker.seconds(what, count)
-            runs.add(what, seconds / count, (before + probe.bandwidth()) / 2)
+            seconds = worker.seconds(what, *counts)
+            runs.add(what, seconds / counts[0], (before + probe.bandwidth()) / 2)
         runs.add("first", worker.seconds("prefill", FIRST_TOKEN), probe.bandwidth())
 
     def _result(
@@ -156,8 +160,9 @@ class _Round:
     ) -> dict[str, Any]:
         ours = runs.pop("posttrain")
         found = {"threads": self.threads, **_figures(ours), **facts.pop("posttrain")}
+        bytes_read = found["weight_bytes"] + self.depth * (found["kv_bytes_per_token"] or 0)
         share = [
-            found["weight_bytes"] / seconds / bandwidth
+            bytes_read / seconds / bandwidth
             for seconds, bandwidth in zip(
                 ours.seconds["decode"], ours.bandwidth["decode"], strict=True
             )
@@ -169,7 +174,8 @@ class _Round:
             "bytes_per_second": statistics.median(ours.bandwidth["decode"]),
             "operations_per_second": operations,
         }
-        found["rounds"], found["prefill"], found["decode"] = self.rounds, self.prefill, self.decode
+        for what in ("rounds", "prefill", "decode", "depth"):
+            found[what] = getattr(self, what)
         found["peers"] = [
             {"name": name, **_figures(theirs), **_ratios(ours, theirs), **facts[name]}
             for name, theirs in runs.items()
@@ -226,7 +232,7 @@ def _entry(found: dict[str, Any], name: str) -> dict[str, Any]:
     return entry
 
 
-def _check(against: Iterable[str], rounds: int, prefill: int, decode: int) -> None:
+def _check(against: Iterable[str], rounds: int, prefill: int, decode: int, depth: int) -> None:
     if not kernels.available():
         found = kernels.find()
         raise UserError(f"bench measures the native kernels: {found.reason}; fix: {found.fix}")
@@ -238,6 +244,8 @@ def _check(against: Iterable[str], rounds: int, prefill: int, decode: int) -> No
     for what, value in (("rounds", rounds), ("prefill", prefill), ("decode", decode)):
         if value < 1:
             raise UserError(f"{what} must be at least 1, not {value}")
+    if depth < 0:
+        raise UserError(f"depth must be at least 0, not {depth}")
 
 
 def _thread_counts(threads: int | Sequence[int] | None) -> list[int]:

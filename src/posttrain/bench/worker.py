@@ -3,7 +3,7 @@
     python -m posttrain.bench.worker NAME SOURCE THREADS CACHE LONGEST
 
 Reads a command per line on standard input, answers with a JSON object per line on standard output:
-`prefill N`, `decode N`, `score N` give `{"seconds": ...}`; `facts` what was loaded; `end` ends.
+`prefill N`, `decode N DEPTH`, `score N` give `{"seconds": ...}`; `facts` what was loaded; `end` ends.
 """
 
 import json
@@ -18,7 +18,7 @@ def main(name: str, source: str, threads: str, cache: str, longest: str) -> None
     sys.stdout = sys.stderr  # libraries print; the answers must stay readable
     contender: Any = None
     for line in sys.stdin:
-        what, _, count = line.strip().partition(" ")
+        what, *counts = line.split() or [""]
         if what == "end":
             break
         try:
@@ -29,7 +29,7 @@ def main(name: str, source: str, threads: str, cache: str, longest: str) -> None
             answer = (
                 contender.facts()
                 if what == "facts"
-                else {"seconds": contender.run(what, int(count))}
+                else {"seconds": contender.run(what, *map(int, counts))}
             )
         except UserError as error:
             answer = {"error": str(error)}

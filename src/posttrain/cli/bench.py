@@ -6,13 +6,14 @@ a round, shares against what a probe measured right before and after.
 examples:
   posttrain bench small
   posttrain bench small --against llama.cpp,transformers --plot speed.svg
+  posttrain bench small --depth 4096 --against llama.cpp
   posttrain bench demo --threads 2 --prefill 128 --rounds 3 --json
 """
 
 import argparse
 from typing import Any
 
-from posttrain.cli.arguments import Parser, add_progress_option, count, options, words
+from posttrain.cli.arguments import Parser, add_progress_option, count, options, whole, words
 from posttrain.cli.output import bytes_text, facts, number, table
 
 CACHES = ("fp32", "fp16", "bf16", "int16", "int8", "fp8", "int4")
@@ -36,6 +37,13 @@ def arguments(parser: Parser) -> None:
     )
     add("--prefill", metavar="N", type=count, default=512, help="tokens of a prompt")
     add("--decode", metavar="N", type=count, default=64, help="tokens of an answer")
+    add(
+        "--depth",
+        metavar="N",
+        type=whole,
+        default=0,
+        help="tokens that stand before an answer, as in a long chat; their time is not counted",
+    )
     add("--rounds", metavar="N", type=count, default=5, help="how often everything is repeated")
     add(
         "--cache",
@@ -76,6 +84,8 @@ def show(result: dict[str, Any]) -> str:
     for entry in result["by_threads"]:
         rows.append(_row("posttrain", entry["threads"], entry))
         rows += [_row(_name(peer), entry["threads"], peer) for peer in entry["peers"]]
+    if result["depth"]:
+        lines.append(("answers", f"{result['decode']} tokens, after {result['depth']}"))
     parts = [facts(str(result["model"]), lines), "", table(rows)]
     if result["peers"]:
         parts.append("the last two columns: how many times as fast posttrain is (median of rounds)")
