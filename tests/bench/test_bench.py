@@ -94,7 +94,7 @@ def test_contenders_compute_what_the_model_says(small, name):
         losses = losses_of(iter(logits.split(7)), window, len(ids), 7)
     assert abs(losses.mean() - expected) < 1e-3
     assert contender.run("score", 30) > 0
-    assert contender.run("decode", 2) > 0
+    assert contender.run("begin", 0, 3) > 0 and contender.run("decode", 2) > 0
 
 
 @pytest.mark.parametrize("name", ["posttrain", "transformers"])
@@ -106,7 +106,8 @@ def test_an_answer_follows_what_stands_before_it(small, name):
         return contender.engine.forward([(contender.engine.session(), tokens)])
 
     for depth in (30, 0):
-        assert contender.run("decode", 3, depth) > 0
+        contender.run("begin", depth, 4)
+        contender.run("decode", 3)
         text = [*ids[:depth], 1]
         for _ in range(2):
             text.append(int(logits(text).argmax()))
@@ -126,7 +127,8 @@ def test_llama_cpp_runs_the_same_model(small, tmp_path):
     with torch.inference_mode():
         expected = model(input_ids=torch.tensor([ids])).logits[0, -1]
     assert torch.corrcoef(torch.stack([torch.tensor(row), expected]))[0, 1] > 0.999
-    contender.run("decode", 1, depth=9)
+    contender.run("begin", 9, 2)
+    contender.run("decode", 1)
     row = contender.c.llama_get_logits_ith(contender.context, -1)[: contender.vocabulary]
     with torch.inference_mode():
         expected = model(input_ids=torch.tensor([[*ids, 1]])).logits[0, -1]
@@ -156,8 +158,12 @@ def test_ctranslate2_runs_the_same_model(small, tmp_path):
     made = ctranslate2_peer.ctranslate2_of(str(small / "w4"), tmp_path)
     contender = contenders.CTranslate2(str(made), 2, "fp16")
     ids = contenders.token_ids(9, contender.vocabulary)
-    assert contender.run("prefill", 9) > 0 and contender.run("decode", 5) > 0
-    assert contender.run("decode", 2, depth=9) > 0 and contender.run("score", 9) > 0
+    assert contender.run("prefill", 9) > 0 and contender.run("score", 9) > 0
+    for depth in (0, 9):
+        assert contender.run("begin", depth, 6) > 0 and contender.run("decode", 5) > 0
+        drawn = contender._generate([1], 5, contender.context)
+        assert drawn == contender._generate([*ids[:depth], 1], 5)
+    assert drawn != contender._generate([1], 5)  # the context matters
     (scores,) = contender.generator.score_batch([[contender.words[i] for i in ids]])
     model = posttrain.load(small / "full", dtype="float32")
     with torch.inference_mode():
@@ -203,8 +209,8 @@ def test_a_worker_that_dies_is_noticed(small):
 def test_a_worker_prints_nothing_but_answers(small):
     done = subprocess.run(
         [sys.executable, "-m", "posttrain.bench.worker", "posttrain", str(small / "w4"), "1", "fp16", "64"],
-        input="facts\nprefill 5\ndecode 2 9\nsing 3\nend\n", capture_output=True, text=True, check=False,
+        input="facts\nprefill 5\nbegin 9 3\ndecode 2\nsing 3\nend\n", capture_output=True, text=True, check=False,
     )  # fmt: skip
-    facts, prefill, decode, error = map(json.loads, done.stdout.splitlines())
+    facts, prefill, _, decode, error = map(json.loads, done.stdout.splitlines())
     assert facts["weight_bytes"] > 0 and "sing" in error["error"]
     assert prefill["seconds"] > 0 and decode["seconds"] > 0

@@ -1,8 +1,8 @@
-"""The engines that are compared, each behind the same three runs.
+"""The engines that are compared, each behind the same runs.
 
-`prefill` feeds N tokens to an empty sequence and wants the logits after the last; `decode` draws N
-tokens greedily, one by one, after a first, which may stand after others that are not timed; `score`
-wants the loss of all tokens of a window of N.
+`prefill` feeds N tokens to an empty sequence and wants the logits after the last; `begin` prepares a
+sequence that holds N tokens, or none; `decode` draws N tokens greedily, one by one, after a first that
+continues it; `score` wants the loss of all tokens of a window of N.
 Tokens are arbitrary but the same for all: no engine's speed depends on them.
 """
 
@@ -61,8 +61,8 @@ class Contender(ABC):
         """Logits after the last of these tokens."""
 
     @abstractmethod
-    def begin(self, context: list[int], count: int) -> None:
-        """Begin a sequence with these tokens, or none, and room for a first and `count` more."""
+    def begin(self, context: list[int], room: int) -> None:
+        """Begin a sequence with these tokens, or none, and room for so many more."""
 
     @abstractmethod
     def decode(self, count: int) -> None:
@@ -75,17 +75,13 @@ class Contender(ABC):
     def describe(self) -> dict[str, Any]:
         """`kernel`, `weight_bytes`, `bits_per_weight` and what else is known."""
 
-    def run(self, what: str, count: int, depth: int = 0) -> float:
-        """Seconds of "prefill", "decode" (after `depth` tokens) or "score" with `count` tokens."""
-        if what not in ("prefill", "decode", "score"):
-            raise UserError(f"unknown run {what!r}: choose prefill, decode or score")
-        given: Any = count
-        if what == "decode":
-            self.begin(token_ids(depth, self.vocabulary), count)
-        else:
-            given = token_ids(count, self.vocabulary)
+    def run(self, what: str, count: int, *room: int) -> float:
+        """Seconds of "prefill", "begin" (with `room`), "decode" or "score" with `count` tokens."""
+        if what not in ("prefill", "begin", "decode", "score"):
+            raise UserError(f"unknown run {what!r}: choose prefill, begin, decode or score")
+        given = count if what == "decode" else token_ids(count, self.vocabulary)
         begun = time.perf_counter()
-        getattr(self, what)(given)
+        getattr(self, what)(given, *room)
         return time.perf_counter() - begun
 
     def facts(self) -> dict[str, Any]:
@@ -108,8 +104,8 @@ class Posttrain(Contender):
     def prefill(self, tokens: list[int]) -> None:
         self.engine.forward([(self.engine.session(len(tokens)), tokens)])
 
-    def begin(self, context: list[int], count: int) -> None:
-        self.session = self.engine.session(len(context) + 1 + count)
+    def begin(self, context: list[int], room: int) -> None:
+        self.session = self.engine.session(len(context) + room)
         if context:
             self.engine.forward([(self.session, context)])
 
@@ -150,7 +146,7 @@ class Transformers(Contender):
     def prefill(self, tokens: list[int]) -> None:
         self.engine.forward([(self.engine.session(), tokens)])
 
-    def begin(self, context: list[int], count: int) -> None:
+    def begin(self, context: list[int], room: int) -> None:
         self.session = self.engine.session()
         if context:
             self.engine.forward([(self.session, context)])
@@ -217,7 +213,7 @@ class LlamaCpp(Contender):
         for start in range(0, len(tokens), 512):
             self._feed(tokens[start : start + 512])
 
-    def begin(self, context: list[int], count: int) -> None:
+    def begin(self, context: list[int], room: int) -> None:
         self.prefill(context)
 
     def decode(self, count: int) -> None:
@@ -256,8 +252,8 @@ class CTranslate2(Contender):
         self.words = json.loads((self.source / "vocabulary.json").read_text(encoding="utf-8"))
         self.vocabulary = len(self.words)
 
-    def _generate(self, tokens: list[int], count: int, context: Sequence[int] = ()) -> None:
-        """Draw so many tokens greedily; it has no way to stop after the prompt's logits. The state
+    def _generate(self, tokens: list[int], count: int, context: Sequence[int] = ()) -> list[int]:
+        """So many tokens, drawn greedily; it has no way to stop after the prompt's logits. The state
         after a context is kept, and taken when the same one comes again."""
         (result,) = self.generator.generate_batch(
             [[self.words[token] for token in tokens]],
@@ -266,14 +262,15 @@ class CTranslate2(Contender):
             max_length=count,
             include_prompt_in_result=False,
         )
-        drawn = len(result.sequences_ids[0])
-        if drawn != count:
-            raise UserError(f"CTranslate2 drew {drawn} tokens, not {count}")
+        drawn: list[int] = result.sequences_ids[0]
+        if len(drawn) != count:
+            raise UserError(f"CTranslate2 drew {len(drawn)} tokens, not {count}")
+        return drawn
 
     def prefill(self, tokens: list[int]) -> None:
         self._generate(tokens, 1)
 
-    def begin(self, context: list[int], count: int) -> None:
+    def begin(self, context: list[int], room: int) -> None:
         self.context = context
         if context:
             self._generate([1], 1, context)

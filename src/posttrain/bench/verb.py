@@ -77,9 +77,10 @@ def bench(
         `decode_tps`, `score_tps` (tokens per second), `first_token_seconds` (of a prompt of 16),
         `bandwidth_share` (of what the memory gives, by decoding: weights, and the keys and values of
         `depth` tokens), `peak_share` (of the integer peak, by prefilling), `rss_bytes`,
-        `rss_above_imports_bytes`, `weight_bytes`, `bits_per_weight`, `kv_bytes_per_token`, `probe` (bytes and operations per second), `peers`: a list of the same
-        for each, with `name`, `prefill_ratio`, `decode_ratio`, `score_ratio` (ours over theirs) and
-        `..._ratio_spread` (lowest and highest of the rounds). `by_threads`: this for every count.
+        `rss_above_imports_bytes`, `weight_bytes`, `bits_per_weight`, `kv_bytes_per_token`, `probe`
+        (bytes and operations per second), `peers`: a list of the same for each, with `name`,
+        `prefill_ratio`, `decode_ratio`, `score_ratio` (ours over theirs) and `..._ratio_spread`
+        (lowest and highest of the rounds). `by_threads`: this for every count.
 
     Raises:
         UserError: a peer that is unknown or not installed, a model that cannot be loaded.
@@ -145,14 +146,15 @@ class _Round:
         return self._result(runs, facts, probe)
 
     def _run(self, worker: Worker, runs: Runs, probe: "Probe") -> None:
-        answer = (self.decode, self.depth)
-        asked = {"prefill": (self.prefill,), "decode": answer, "score": (self.prefill,)}
-        for what, counts in asked.items():
+        asked = {"prefill": self.prefill, "decode": self.decode, "score": self.prefill}
+        for what, count in asked.items():
             if what == "score" and worker.name == "llama.cpp":
                 continue
+            if what == "decode":
+                worker.seconds("begin", self.depth, 1 + self.decode)
             before = probe.bandwidth()
-            seconds = worker.seconds(what, *counts)
-            runs.add(what, seconds / counts[0], (before + probe.bandwidth()) / 2)
+            seconds = worker.seconds(what, count)
+            runs.add(what, seconds / count, (before + probe.bandwidth()) / 2)
         runs.add("first", worker.seconds("prefill", FIRST_TOKEN), probe.bandwidth())
 
     def _result(

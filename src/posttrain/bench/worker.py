@@ -3,7 +3,8 @@
     python -m posttrain.bench.worker NAME SOURCE THREADS CACHE LONGEST
 
 Reads a command per line on standard input, answers with a JSON object per line on standard output:
-`prefill N`, `decode N DEPTH`, `score N` give `{"seconds": ...}`; `facts` what was loaded; `end` ends.
+`prefill N`, `begin N ROOM`, `decode N`, `score N` give `{"seconds": ...}`; `facts` what was loaded;
+`end` ends.
 """
 
 import json

@@ -78,14 +78,14 @@ def show(result: dict[str, Any]) -> str:
         ("memory", f"{read} per second at most; answers use {_percent(result['bandwidth_share'])}"),
         ("integer peak", f"{peak} GOPS; prompts use {_percent(result['peak_share'])}"),
     ]
+    if result["depth"]:
+        lines.append(("answers", f"{result['decode']} tokens, after {result['depth']}"))
     rows: list[tuple[str, ...]] = [
         ("tokens per second", "threads", "prompt", "answer", "scoring", "prompt", "answer")
     ]
     for entry in result["by_threads"]:
         rows.append(_row("posttrain", entry["threads"], entry))
         rows += [_row(_name(peer), entry["threads"], peer) for peer in entry["peers"]]
-    if result["depth"]:
-        lines.append(("answers", f"{result['decode']} tokens, after {result['depth']}"))
     parts = [facts(str(result["model"]), lines), "", table(rows)]
     if result["peers"]:
         parts.append("the last two columns: how many times as fast posttrain is (median of rounds)")

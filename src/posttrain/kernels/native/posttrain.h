@@ -266,8 +266,8 @@ PT_API const char *pt_isas(void);
 
 PT_API void pt_set_threads(int32_t threads);
 /* How one token's products read codes from memory: 1 for two panels side by side; 2 for one, every line
- * of which is asked for; 3 for one, of which some lines are; or 0 for what suits the processor. A result
- * never depends on it. */
+ * of which is asked for; 3 for one, of which some lines are (with few registers: as 2); or 0 for what suits
+ * the processor. A result never depends on it. */
 PT_API void pt_set_reading(int32_t reading);
 PT_API int32_t pt_threads(void);
 
