@@ -141,6 +141,128 @@ def test_generation_is_that_of_transformers(case):
     assert said == theirs[0].tolist()
 
 
+def long_prompt(rope):
+    """A model that was made for 600 tokens, where a prompt of 1,300 comes in several calls."""
+    made_for = {"original_max_position_embeddings": 600} if rope == "longrope" else {}
+    scaling = {"rope_theta": 10000.0} | ROPES[rope] | made_for
+    return build("llama", max_position_embeddings=600, rope_parameters=scaling)
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_angles_follow_the_length_of_a_prompt_and_not_of_its_parts(rope):
+    """Nor that of another sequence: transformers would answer each as a fresh model does."""
+    lengths = (590, 1300, 700, 5, 601)
+    runner = engine(long_prompt(rope))
+    sessions = [runner.session(cache="fp32") for _ in lengths]
+    for count, session in zip(lengths, sessions, strict=True):
+        close(
+            runner.forward([(session, tokens(count))], None),
+            expected(long_prompt(rope), tokens(count)),
+        )
+    for count, session in zip(lengths, sessions, strict=True):  # one more token: side by side
+        assert session.length == count
+    more = [7, 11, 13]
+    for token in more:
+        got = runner.forward([(session, [token]) for session in sessions])
+    for index, count in enumerate(lengths):
+        alone, cache = long_prompt(rope), None
+        for part in (tokens(count), *([token] for token in more)):
+            out = alone(input_ids=torch.tensor([part]), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+        close(got[index], out.logits[0, -1])
+    window = torch.tensor([tokens(1300)])
+    losses = cross_entropy(
+        expected(long_prompt(rope), tokens(1300))[:-1], window[0, 1:], reduction="none"
+    )
+    close(runner.window_losses(window, 1300, 512), losses)
+    drawn = runner.step(
+        [(runner.session(cache="fp32"), tokens(1300))], [kernels.Sampling()], [tokens(1300)]
+    )
+    assert drawn == [int(expected(long_prompt(rope), tokens(1300))[-1].argmax())]
+
+
+# What these architectures do not read, or read in their own way.
+STRAY = {
+    "llama": {
+        "attention_multiplier": 9.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.1,
+        "logits_scaling": 7.0, "query_pre_attn_scalar": 3, "attn_logit_softcapping": 0.1,
+        "final_logit_softcapping": 0.1, "no_rope_layers": [0, 0, 1, 0], "use_sliding_window": True,
+    },
+    "gemma": {"attn_logit_softcapping": 0.1, "final_logit_softcapping": 0.1, "query_pre_attn_scalar": 3},
+    "gemma3": {"attn_logit_softcapping": 0.1},
+    "mistral": {"use_sliding_window": False},
+    "qwen3": {"embedding_multiplier": 3.0, "no_rope_layers": [0, 0, 1, 0]},
+    "smollm3": {
+        "use_sliding_window": False, "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STRAY)
+def test_a_field_counts_where_the_architecture_reads_it(case):
+    model = build(case, **STRAY[case])
+    native = decoder(model)
+    got = native.forward([(native.memory(cache="fp32"), tokens(40))], keep=None)
+    close(got, expected(model, tokens(40)))
+
+
+@pytest.mark.parametrize("case", ["gemma", "gemma2", "gemma3"])
+def test_gemma_scales_embeddings_by_what_its_dtype_makes_of_the_root(case):
+    model = build(case).to(torch.bfloat16)  # 48 ** 0.5 is none
+    native = decoder(model)
+    exact = model.float()
+    scale = torch.tensor(48**0.5).to(torch.bfloat16).float()
+    exact.model.embed_tokens.embed_scale.copy_(scale)
+    got = native.forward([(native.memory(cache="fp32"), tokens(40))], keep=None)
+    close(got, expected(exact, tokens(40)))
+
+
+def unlike_inputs(model):
+    layer = LayerPlan(weight=spec("int8 | fp16/row"), input=spec("int8h | fp32/row"))
+    attention = model.model.layers[2].self_attn
+    q = quantize(attention.v_proj.weight, layer.weight)
+    attention.v_proj = QuantLinear.from_qtensor(q, layer, attention.v_proj.bias)
+
+
+def double_weights(model):
+    model.model.layers[1].mlp.down_proj.double()
+
+
+def transposed(model):
+    linear = model.model.layers[1].mlp.down_proj
+    linear.weight = nn.Parameter(linear.weight.T.contiguous().T, requires_grad=False)
+
+
+UNLIKE = {
+    "it looks ahead": (lambda m: setattr(m.config, "is_causal", False), "looks ahead"),
+    "one layer looks ahead": (
+        lambda m: setattr(m.model.layers[3].self_attn, "is_causal", False), "looks ahead",
+    ),
+    "unlike inputs": (unlike_inputs, "share their input and quantize it in different ways"),
+    "double precision": (double_weights, "float64 or not contiguous"),
+    "not contiguous": (transposed, "float32 or not contiguous"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", UNLIKE)
+def test_what_the_decoder_would_compute_otherwise_runs_in_pytorch(what):
+    change, reason = UNLIKE[what]
+    model = build("llama")
+    change(model)
+    assert reason in no_decoder(model)
+    assert isinstance(engine(model), TorchEngine)
+    with pytest.raises(UserError, match=reason):
+        decoder(model)
+
+
+def test_a_model_without_a_head_has_no_decoder():
+    config = transformers.LlamaConfig(**SMALL)
+    for name in ("LlamaForSequenceClassification", "LlamaModel"):
+        model = getattr(transformers, name)(config).eval()
+        assert "does not predict the next token" in no_decoder(model)
+
+
 @pytest.mark.parametrize(
     "cache, share, size",
     [

@@ -70,6 +70,42 @@ def test_other_rotary_scalings_are_left_to_transformers(case, tmp_path):
         direct_decoder(tmp_path)
 
 
+def null(path, *fields):
+    file = path / "config.json"
+    raw = json.loads(file.read_text()) | dict.fromkeys(fields)
+    file.write_text(json.dumps(raw))
+
+
+# case -> what is done to its config; where null is a rule of transformers', or a name means another thing.
+REWRITTEN = {
+    "smollm3": lambda path: null(path, "no_rope_layers"),
+    "gemma2": lambda path: null(path, "layer_types"),
+    "gemma3": lambda path: null(path, "layer_types"),
+    "qwen3": lambda path: null(path, "head_dim"),
+    "gemma": lambda path: change(path, hidden_act="gelu"),
+    "qwen2": lambda path: change(
+        path, sliding_window=5, layer_types=["full_attention", "sliding_attention"] * 2
+    ),
+    "llama": lambda path: change(path, is_causal=False),
+}
+
+
+@pytest.mark.parametrize("case", REWRITTEN)
+def test_a_rule_of_transformers_is_left_to_it(case, tmp_path):
+    build(case).save_pretrained(tmp_path)
+    direct_decoder(tmp_path)
+    REWRITTEN[case](tmp_path)
+    with pytest.raises(Unfamiliar):
+        direct_decoder(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["qwen2", "qwen3"])
+def test_a_window_that_is_not_used_is_none(case, tmp_path):
+    build(case).save_pretrained(tmp_path)
+    change(tmp_path, sliding_window=5)
+    assert torch.equal(logits(direct_decoder(tmp_path)), logits(decoder(load(tmp_path))))
+
+
 @pytest.mark.parametrize("case", KNOWN)
 def test_parameters_and_angles_are_those_of_transformers(case, tmp_path):
     model = build(case)

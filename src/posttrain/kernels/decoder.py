@@ -23,7 +23,7 @@ from posttrain.kernels.sampling import Sampling, drawn
 from posttrain.numbers import spec
 
 # Angles of positions [start, stop) for rope 0 or 1: [stop - start, rotary], cosines of rotary / 2
-# angles, then their sines.
+# angles, then their sines. Those that change with the length of the sequence are of one that ends at stop.
 Angles = Callable[[int, int, int], Tensor]
 
 Feeds = Sequence[tuple["Memory", Sequence[int]]]  # sequences and their next tokens
@@ -182,7 +182,7 @@ class Decoder:
 
     angles: of the rotary embedding, see `Angles`; None for a model without.
     changing: whether the angles of a position depend on the length of the sequence (dynamic
-        scalings); then they are asked for in every call, for the tokens of that call.
+        scalings); then they are asked for whenever it grows, for the tokens that came.
     """
 
     def __init__(
@@ -221,6 +221,14 @@ class Decoder:
         """
         return Memory(self, capacity, cache, passing)
 
+    def rewind(self, memory: Memory, length: int) -> bool:
+        """Go back to the first `length` tokens of a sequence; False, and nothing done, where they are
+        not remembered as a sequence of no more tokens would, or not by this decoder."""
+        if memory._decoder is not self or self._changing:
+            return False
+        memory.forget(length)
+        return True
+
     @property
     def nbytes(self) -> int:
         """Bytes of all weights, packing included; a tied head counts once."""
@@ -229,6 +237,15 @@ class Decoder:
             weights |= {id(item.weight): item.weight for item in block.linears().values()}
         tensors = {t.data_ptr(): t.nbytes for w in weights.values() for t in w.tensors.values()}
         return sum(tensors.values()) + sum(tensor.nbytes for tensor in self._kept)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of the weights that a token meets: all but an embedding that is not the head too, of
+        which it takes a row."""
+        head = {tensor.data_ptr() for tensor in self.head.weight.tensors.values()}
+        tables = [t for t in self.embedding.tensors.values() if t.data_ptr() not in head]
+        table = sum(tensor.nbytes for tensor in tables)
+        return self.nbytes - table + table // self.dimensions.vocabulary
 
     def forward(self, feeds: Feeds, keep: int | None = 1) -> Tensor:
         """Feed each sequence its next tokens, whose keys and values it then remembers.
@@ -288,16 +305,28 @@ class Decoder:
         if sum(len(ids) for _, ids in feeds) > CHUNK:
             rows = zip(samplings, self.forward(feeds), texts, strict=True)
             return [sampling.draw(logits, text) for sampling, logits, text in rows]
-        self._check(feeds)
+        self._begin(feeds)
         how = [sampling.struct(text) for sampling, text in zip(samplings, texts, strict=True)]
         draws, tokens = (library.Draw * len(how))(*how), (ctypes.c_int32 * len(how))()
         self._call(feeds, library.native().pt_step, draws, ctypes.addressof(tokens))
         return [drawn(token) for token in tokens]
 
+    def _begin(self, feeds: Feeds) -> None:
+        """Make room for the next tokens of sequences, and point to the angles of all of them."""
+        self._check(feeds)
+        for memory, ids in feeds:
+            stop = memory.length + len(ids)
+            memory.reserve(stop)
+            self._point_at_angles(memory, stop)
+
     def _check(self, feeds: Feeds) -> None:
+        last = self.dimensions.vocabulary - 1
         for memory, ids in feeds:
             if len(ids) == 0:
                 raise UserError("a sequence has no tokens to feed")
+            for token in (min(ids), max(ids)):
+                if not 0 <= token <= last:
+                    raise UserError(f"token ids must be from 0 to {last}; found {token}")
             if memory._decoder is not self:
                 raise UserError("this memory belongs to another decoder")
             if memory.struct.passing and sum(len(part) for _, part in feeds) > CHUNK:
@@ -306,7 +335,7 @@ class Decoder:
             raise UserError("a sequence can be fed once in a call")
 
     def _feed(self, feeds: Feeds, keep: int | None, hidden: bool) -> Tensor:
-        self._check(feeds)
+        self._begin(feeds)
         kept = [len(ids) if keep is None else min(keep, len(ids)) for _, ids in feeds]
         if sum(len(ids) for _, ids in feeds) <= CHUNK:
             return self._forward(feeds, kept, hidden)
@@ -337,15 +366,9 @@ class Decoder:
     def _call(self, feeds: Feeds, function: Callable[..., int], *arguments: Any) -> None:
         """A native function of the next tokens of sequences, which then remember them."""
         ids = array("i")
-        last = self.dimensions.vocabulary - 1
         for memory, part in feeds:
-            for token in (min(part), max(part)):
-                if not 0 <= token <= last:
-                    raise UserError(f"token ids must be from 0 to {last}; found {token}")
             ids.extend(part)
-            memory.reserve(memory.length + len(part))
             memory.struct.length, memory.struct.tokens = memory.length, len(part)
-            self._point_at_angles(memory)
         memories = (library.Memory * len(feeds))(*(memory.struct for memory, _ in feeds))
         status = function(
             ctypes.byref(self._model), memories, len(feeds), ids.buffer_info()[0], *arguments
@@ -354,8 +377,8 @@ class Decoder:
         for memory, part in feeds:
             memory.length += 0 if memory.struct.passing else len(part)
 
-    def _point_at_angles(self, memory: Memory) -> None:
-        start, stop = memory.length, memory.length + memory.struct.tokens
+    def _point_at_angles(self, memory: Memory, stop: int) -> None:
+        start = memory.length
         for rope in self._ropes:
             if self._changing:
                 table = torch.empty(memory.struct.capacity, self.dimensions.rotary)

@@ -160,10 +160,15 @@ class PackedWeight:
         made._set_bias(bias)
         return made
 
+    @staticmethod
+    def fits_in_place(weight: Tensor) -> bool:
+        return weight.dtype in _FLOATS and weight.is_contiguous() and weight.is_cpu
+
     @classmethod
     def in_place(cls, weight: Tensor, bias: Tensor | None = None) -> "PackedWeight":
-        """Multiply with float32, bfloat16 or float16 [rows, cols] where it lies; nothing is copied."""
-        if weight.dtype not in _FLOATS or not weight.is_contiguous() or not weight.is_cpu:
+        """Multiply with float32, bfloat16 or float16 [rows, cols] where it lies; nothing is copied.
+        Raises UserError for a weight that does not fit (see `fits_in_place`)."""
+        if not cls.fits_in_place(weight):
             raise UserError(
                 f"only contiguous float weights in main memory can be used in place, not "
                 f"{weight.dtype} {list(weight.shape)} on {weight.device}"

@@ -7,6 +7,8 @@ Weights are not copied: quantized layers lend their codes, all others are multip
 
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from itertools import product
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -48,12 +50,53 @@ CACHES = {
     "fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8 | fp16/row": "int8",
     "e4m3 | fp16/row": "e4m3", "int4 | fp16/row": "int4", "int16 | fp32/row": "int16",
 }  # fmt: skip
+# Layers that take the same input, and so in the same format.
+SHARED_INPUTS = (("q", "k", "v"), ("gate", "up"))
 # Scalings whose angles depend on how long the sequence is.
 CHANGING_ROPES = ("dynamic", "longrope")
+
+# Fields of config.json that say how a model computes, by architecture -> what transformers takes where
+# one is absent; REQUIRED ones are always written or have no one default. An architecture reads its own
+# only, whatever else a config says.
+REQUIRED = object()
+_ALL = {
+    "hidden_size": REQUIRED, "intermediate_size": REQUIRED, "num_hidden_layers": REQUIRED,
+    "num_attention_heads": REQUIRED, "num_key_value_heads": REQUIRED, "vocab_size": REQUIRED,
+    "rms_norm_eps": REQUIRED, "eos_token_id": REQUIRED, "tie_word_embeddings": False,
+}  # fmt: skip
+_LLAMA = _ALL | {"hidden_act": REQUIRED, "head_dim": None, "attention_bias": False}
+_WINDOWS = {"use_sliding_window": False, "sliding_window": REQUIRED, "layer_types": None}
+_GEMMA = _LLAMA | {
+    "head_dim": REQUIRED, "use_bidirectional_attention": None, "tie_word_embeddings": True,
+}  # fmt: skip
+_GEMMA2 = {name: value for name, value in _GEMMA.items() if name != "hidden_act"} | {
+    "hidden_activation": REQUIRED, "query_pre_attn_scalar": REQUIRED, "sliding_window": REQUIRED,
+    "attn_logit_softcapping": REQUIRED, "final_logit_softcapping": REQUIRED,
+    "layer_types": REQUIRED,
+}  # fmt: skip
+FIELDS: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA | {"mlp_bias": False},
+    "mistral": _ALL | {"hidden_act": REQUIRED, "head_dim": None, "sliding_window": REQUIRED},
+    "qwen2": _ALL | {"hidden_act": REQUIRED, "head_dim": None} | _WINDOWS,
+    "qwen3": _LLAMA | {"head_dim": REQUIRED} | _WINDOWS,
+    "smollm3": _LLAMA
+    | _WINDOWS
+    | {"mlp_bias": False, "no_rope_layers": REQUIRED, "tie_word_embeddings": True},
+    "granite": _LLAMA
+    | {
+        "mlp_bias": False, "embedding_multiplier": REQUIRED, "residual_multiplier": REQUIRED,
+        "logits_scaling": REQUIRED, "attention_multiplier": REQUIRED,
+    },
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA2,
+}  # fmt: skip
 
 
 class Weights(Protocol):
     """The weights of one model, by the names of their modules."""
+
+    dtype: torch.dtype  # of those that are not quantized
 
     def linear(self, name: str) -> PackedLinear: ...
 
@@ -69,7 +112,7 @@ def assemble(
 ) -> Decoder:
     """The native decoder of one of MODEL_TYPES. Blocks are packed side by side.
 
-    config: the fields of its config, as attributes. angles, rotary, changing: see `Decoder`.
+    config: FIELDS of its architecture and model_type, as attributes. angles, rotary, changing: see `Decoder`.
     """
     gemma = config.model_type in GEMMAS
 
@@ -89,7 +132,7 @@ def assemble(
         head = largest.result()
     embedding, norm = weights.embedding("model.embed_tokens"), gain("model.norm")
     trim()  # codes as they were stored are gone
-    dimensions = _dimensions(config, rotary)
+    dimensions = _dimensions(config, rotary, weights.dtype)
     return Decoder(dimensions, blocks, embedding, head, norm, angles, changing)
 
 
@@ -113,9 +156,11 @@ def head_size(config: Any) -> int:
     return int(size or config.hidden_size // config.num_attention_heads)
 
 
-def _dimensions(config: Any, rotary: int) -> Dimensions:
+def _dimensions(config: Any, rotary: int, dtype: torch.dtype) -> Dimensions:
     width, size = config.hidden_size, head_size(config)
     scale = getattr(config, "query_pre_attn_scalar", size) ** -0.5
+    root = float(torch.tensor(width**0.5).to(dtype))  # Gemma was trained with the rounded one
+    capped = config.model_type == "gemma2"  # a gemma3 has the field and leaves it unread
     return Dimensions(
         width=width,
         heads=config.num_attention_heads,
@@ -126,12 +171,12 @@ def _dimensions(config: Any, rotary: int) -> Dimensions:
         activation=ACTIVATIONS[_activation(config)],
         eps=float(config.rms_norm_eps),
         attention_scale=float(getattr(config, "attention_multiplier", scale)),
-        embedding_scale=width**0.5
+        embedding_scale=root
         if config.model_type in GEMMAS
         else float(getattr(config, "embedding_multiplier", 1)),
         residual_scale=float(getattr(config, "residual_multiplier", 1)),
         logit_scale=1 / float(getattr(config, "logits_scaling", 1)),
-        attention_cap=float(getattr(config, "attn_logit_softcapping", None) or 0),
+        attention_cap=float((config.attn_logit_softcapping if capped else None) or 0),
         logit_cap=float(getattr(config, "final_logit_softcapping", None) or 0),
     )
 
@@ -147,10 +192,8 @@ def _layer_type(config: Any, index: int) -> str | None:
 
 
 def _window(config: Any, index: int) -> int:
-    kind = _layer_type(config, index)
-    sliding = kind == "sliding_attention" or (kind is None and config.model_type == "mistral")
-    sliding = sliding and getattr(config, "use_sliding_window", True)
-    return (getattr(config, "sliding_window", None) or 0) if sliding else 0
+    sliding = _layer_type(config, index) == "sliding_attention" or config.model_type == "mistral"
+    return (config.sliding_window or 0) if sliding else 0
 
 
 def _rope(config: Any, index: int) -> int:
@@ -173,16 +216,40 @@ def no_decoder(model: Any) -> str | None:
     model_type = getattr(model.config, "model_type", None)
     if model_type not in MODEL_TYPES:
         return f"{model_type} is not among {', '.join(MODEL_TYPES)}"
-    if getattr(model.config, "use_bidirectional_attention", None):
+    if not hasattr(model, "lm_head"):
+        return "it does not predict the next token"
+    config = _own_fields(model.config)
+    ahead = getattr(config, "use_bidirectional_attention", None)
+    if ahead or not getattr(model.config, "is_causal", True):
         return "its attention looks ahead"
-    activation = _activation(model.config)
+    activation = _activation(config)
     if activation not in ACTIVATIONS:
         return f"its activation is {activation}"
     for name, module in model.named_modules():
         reason = _unfit(module, type(model).__module__, activation)
         if reason is not None:
             return f"{name or type(model).__name__}: {reason}"
+    for index, layers in product(range(config.num_hidden_layers), SHARED_INPUTS):
+        names = [f"model.layers.{index}.{LINEARS[part]}" for part in layers]
+        if len({_input(model.get_submodule(name)) for name in names}) > 1:
+            return f"{', '.join(names)} share their input and quantize it in different ways"
     return None
+
+
+def _own_fields(config: Any) -> SimpleNamespace:
+    """What `assemble` wants of the config of a loaded model."""
+    found = {
+        name: getattr(config, name, None if default is REQUIRED else default)
+        for name, default in FIELDS[config.model_type].items()
+    }
+    return SimpleNamespace(model_type=config.model_type, **found)
+
+
+def _input(layer: nn.Module) -> tuple[str, bool]:
+    """How a linear layer wants its input: the format and whether it is rotated."""
+    if isinstance(layer, QuantLinear):
+        return str(layer.layer.input), bool(layer.layer.rotate)
+    return str(None), False
 
 
 def _unfit(module: nn.Module, architecture: str, activation: str) -> str | None:
@@ -202,6 +269,8 @@ def _unfit(module: nn.Module, architecture: str, activation: str) -> str | None:
     tensors = [*module._parameters.values(), *module._buffers.values()]
     if any(tensor is not None and not tensor.is_cpu for tensor in tensors):
         return "it is not in main memory"
+    if getattr(module, "is_causal", True) is False:
+        return "its attention looks ahead"
     if isinstance(module, QuantLinear):
         if module.branches:
             return "it has branches"
@@ -209,6 +278,9 @@ def _unfit(module: nn.Module, architecture: str, activation: str) -> str | None:
             return module.no_kernel
         if InputFormat.of(module.layer.input).spec is not None:
             return f"activations of {module.layer.input}"
+    elif isinstance(module, (nn.Linear, nn.Embedding)):
+        if not PackedWeight.fits_in_place(module.weight):
+            return f"its weight is {module.weight.dtype} or not contiguous"
     elif hasattr(module, "act_fn") and type(module.act_fn) is not type(ACT2FN[activation]):
         return f"its activation is {type(module.act_fn).__name__}"
     return None
@@ -226,7 +298,7 @@ def decoder(model: Any) -> Decoder:
     reason = no_decoder(model)
     if reason is not None:
         raise UserError(f"no native decoder for this model: {reason}")
-    config = model.config
+    config = _own_fields(model.config)
     used = {_rope(config, index) for index in range(config.num_hidden_layers)}
     angles = _Angles(model.model.rotary_emb, used)
     return assemble(config, _Modules(model), angles, rotary=angles.rotary, changing=angles.changing)
@@ -237,6 +309,7 @@ class _Modules:
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self.dtype: torch.dtype = model.dtype
         self._plain: dict[int, PackedWeight] = {}  # by address: tied weights are one
 
     def linear(self, name: str) -> PackedLinear:
@@ -276,6 +349,8 @@ class _Angles:
         positions = torch.arange(start, stop)[None]
         kind = ("full_attention", "sliding_attention")[rope]
         options = {"layer_type": kind} if self._by_kind else {}
+        if self.changing:  # what a longer sequence left is forgotten at a short one
+            self._rotary(torch.zeros(1), torch.zeros(1, 1, dtype=torch.int64), **options)
         cos, sin = self._rotary(torch.zeros(1), positions, **options)
         half = cos.shape[-1] // 2
         return torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1)

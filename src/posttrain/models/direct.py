@@ -23,7 +23,15 @@ from posttrain.kernels import Decoder, InputFormat, PackedLinear
 from posttrain.kernels.packed import PackedWeight
 from posttrain.models import compressed_reader, compressed_tensors, native, storage
 from posttrain.models.base import DTYPES
-from posttrain.models.decoding import ACTIVATIONS, LINEARS, assemble, head_size, norms
+from posttrain.models.decoding import (
+    ACTIVATIONS,
+    FIELDS,
+    LINEARS,
+    REQUIRED,
+    assemble,
+    head_size,
+    norms,
+)
 from posttrain.models.directory import MARKER, read_config_file, read_stored, read_tokenizer
 from posttrain.models.linear import pack_linear
 from posttrain.models.plan import LayerPlan
@@ -32,42 +40,11 @@ from posttrain.models.tokenizer import PlainTokenizer
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
-# Fields of config.json that say how the model computes, by architecture -> what transformers takes
-# where one is absent; REQUIRED ones are always written or have no one default.
-REQUIRED = object()
-_ALL = {
-    "hidden_size": REQUIRED, "intermediate_size": REQUIRED, "num_hidden_layers": REQUIRED,
-    "num_attention_heads": REQUIRED, "num_key_value_heads": REQUIRED, "vocab_size": REQUIRED,
-    "rms_norm_eps": REQUIRED, "eos_token_id": REQUIRED, "tie_word_embeddings": False,
-}  # fmt: skip
-_LLAMA = _ALL | {"hidden_act": REQUIRED, "head_dim": None, "attention_bias": False}
-_WINDOWS = {"use_sliding_window": False, "sliding_window": REQUIRED, "layer_types": None}
-_GEMMA = _LLAMA | {
-    "head_dim": REQUIRED, "use_bidirectional_attention": None, "tie_word_embeddings": True,
-}  # fmt: skip
-_GEMMA2 = {name: value for name, value in _GEMMA.items() if name != "hidden_act"} | {
-    "hidden_activation": REQUIRED, "query_pre_attn_scalar": REQUIRED, "sliding_window": REQUIRED,
-    "attn_logit_softcapping": REQUIRED, "final_logit_softcapping": REQUIRED,
-    "layer_types": REQUIRED,
-}  # fmt: skip
-FIELDS: dict[str, dict[str, Any]] = {
-    "llama": _LLAMA | {"mlp_bias": False},
-    "mistral": _ALL | {"hidden_act": REQUIRED, "head_dim": None, "sliding_window": REQUIRED},
-    "qwen2": _ALL | {"hidden_act": REQUIRED, "head_dim": None} | _WINDOWS,
-    "qwen3": _LLAMA | {"head_dim": REQUIRED} | _WINDOWS,
-    "smollm3": _LLAMA
-    | _WINDOWS
-    | {"mlp_bias": False, "no_rope_layers": REQUIRED, "tie_word_embeddings": True},
-    "granite": _LLAMA
-    | {
-        "mlp_bias": False, "embedding_multiplier": REQUIRED, "residual_multiplier": REQUIRED,
-        "logits_scaling": REQUIRED, "attention_multiplier": REQUIRED,
-    },
-    "gemma": _GEMMA,
-    "gemma2": _GEMMA2,
-    "gemma3_text": _GEMMA2,
-}  # fmt: skip
 ROPES = ("rope_parameters", "rope_scaling", "rope_theta")
+# Where null is a value of its own; elsewhere it stands for a rule that transformers has.
+NULLABLE = {
+    "attn_logit_softcapping", "eos_token_id", "final_logit_softcapping", "sliding_window",
+}  # fmt: skip
 # Fields that change nothing of what is computed here.
 INERT = {
     "_name_or_path", "_sliding_window_pattern", "architectures", "attention_dropout",
@@ -117,6 +94,7 @@ def _open(path: Path) -> DirectModel:
     raw = read_config_file(path)
     config = read_fields(raw)
     config.quantization_config = raw.get("quantization_config")  # for the format of the KV cache
+    config.max_position_embeddings = raw.get("max_position_embeddings")
     decoder = read_decoder(path, raw, config)
     ends = path / "generation_config.json"
     generation = json.loads(ends.read_text(encoding="utf-8")) if ends.is_file() else {}
@@ -142,14 +120,21 @@ def read_fields(raw: Mapping[str, Any]) -> SimpleNamespace:
     fields = FIELDS.get(model_type, {})
     unknown = set(raw) - set(fields) - INERT - set(ROPES)
     found = {name: raw.get(name, default) for name, default in fields.items()}
-    missing = [name for name, value in found.items() if value is REQUIRED]
+    missing = [
+        name
+        for name, value in found.items()
+        if value is REQUIRED
+        or (value is None and fields[name] is REQUIRED and name not in NULLABLE)
+    ]
     if not fields or unknown or missing:
         raise Unfamiliar(f"{model_type}: {sorted(unknown)}, without {missing}")
     _check_fields(SimpleNamespace(**found))
     if not all(name.endswith("ForCausalLM") for name in raw.get("architectures") or ()):
         raise Unfamiliar("it may not predict the next token")
-    if found["head_dim"] is None and fields["head_dim"] is REQUIRED:
-        raise Unfamiliar("head_dim has a default of its own")
+    if model_type == "gemma" and found["hidden_act"] == "gelu":
+        raise Unfamiliar("transformers takes this name for another activation")
+    if model_type in ("qwen2", "qwen3") and not found["use_sliding_window"]:
+        found["sliding_window"] = None
     return SimpleNamespace(model_type=model_type, **found)
 
 
@@ -173,6 +158,9 @@ def _check_fields(config: Any) -> None:
         # Which layers have windows is otherwise decided by further fields.
         and (kinds is not None or not getattr(config, "use_sliding_window", False))
         and set(kinds or ()) <= {"full_attention", "sliding_attention"}
+        and (
+            getattr(config, "use_sliding_window", True) or "sliding_attention" not in (kinds or ())
+        )
         and all(len(per) == config.num_hidden_layers for per in (kinds, rotated) if per is not None)
     )
     if not familiar:
@@ -269,7 +257,7 @@ class _Stored:
 
     def __init__(self, path: Path, raw: Mapping[str, Any], config: Any) -> None:
         self._path, self._config = path, config
-        self._dtype = DTYPES[str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")]
+        self.dtype = DTYPES[str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")]
         self._shapes = parameter_shapes(config)
         self._modules: dict[str, dict[str, StoredTensor]] = {}  # what was not asked for yet
         for name, stored in read_stored(path).items():
@@ -309,7 +297,7 @@ class _Stored:
             group = self._reader.group_of(name, nn.Linear(cols, rows, device="meta"))
         if group is not None:
             layer, stored = compressed_reader.read_module(
-                name, tensors, group, (rows, cols), self._dtype
+                name, tensors, group, (rows, cols), self.dtype
             )
             tensors |= stored
         if layer is None:
@@ -353,7 +341,7 @@ class _Stored:
         """In the dtype of the model, through which transformers takes every value."""
         if tuple(tensor.shape) != shape or not tensor.is_floating_point():
             raise Unfamiliar(f"a tensor {list(tensor.shape)} of {tensor.dtype}")
-        return tensor.to(self._dtype)
+        return tensor.to(self.dtype)
 
 
 def _packed(
