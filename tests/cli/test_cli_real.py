@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -102,7 +103,7 @@ def test_one_question(quantized, posttrain_json, capfd):
     assert status == 0
     assert result["prompt"] == "hello" and isinstance(result["answer"], str)
     assert main(words) == 0
-    assert capfd.readouterr().out.strip() == result["answer"].strip()
+    assert capfd.readouterr().out == result["answer"] + "\n"
 
 
 def test_a_conversation_carries_its_history(quantized, monkeypatch, capsys):
@@ -123,10 +124,42 @@ def test_a_conversation_carries_its_history(quantized, monkeypatch, capsys):
     ]
 
 
+@pytest.mark.parametrize("words", [(), ("--top-k", "5")])
+def test_a_question_that_is_no_utf_8_is_one_line(words, quantized):
+    """Given as an argument or read; an option that changes nothing is named."""
+    command = [sys.executable, "-m", "posttrain", "chat", str(quantized), *words]
+    environment = os.environ | {"PYTHONUTF8": "1"}
+    for more, read in ((["--prompt", b"caf\xe9"], b""), ([], b"hello\ncaf\xe9\n")):
+        done = subprocess.run(
+            [*command, "--max-new-tokens", "2", *more],
+            input=read,
+            env=environment,
+            capture_output=True,
+            check=False,
+        )
+        err = done.stderr.decode()
+        assert done.returncode == 2 and "UTF-8" in err and "Traceback" not in err
+        assert ("top_k without a temperature" in err) == bool(words and not more)
+
+
+def test_a_screen_that_cannot_show_an_answer_shows_what_it_can(quantized):
+    command = [sys.executable, "-m", "posttrain", "chat", str(quantized), "--prompt", "hello"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [*command, "--temperature", "9", "--max-new-tokens", "40"],
+        env=environment,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0 and done.stdout.endswith(b"\n"), done.stderr.decode()
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["evaluate", "nowhere"], "nowhere"),
+        (["evaluate", "MODEL", "--text", ""], "text is empty"),
+        (["chat", "n" * 300, "--prompt", "hello"], "nnnn"),
         (["quantize", "nowhere.gguf", "-o", "out"], "nowhere.gguf"),
         (["evaluate", "MODEL", "--text", "none.txt"], "none.txt"),
         (["quantize", "MODEL", "-o", "out", "--recipe", "w6a9"], "did you mean 'w6a8'"),

@@ -207,6 +207,11 @@ def test_impossible_windows_are_refused(counting, bounds, message):
         token_windows(counting, Words(), **bounds)
 
 
+def test_an_empty_name_is_no_default():
+    with pytest.raises(UserError, match="text is empty"):
+        load_text("")
+
+
 def test_an_unknown_split_is_refused():
     with pytest.raises(UserError, match="'test'"):
         load_text(split="test")

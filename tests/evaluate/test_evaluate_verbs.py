@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from evaluate_tiny import tiny_llama, word_tokenizer
+from evaluate_tiny import WORDS, tiny_llama, word_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import posttrain
 from posttrain.errors import UserError
@@ -298,6 +299,26 @@ def test_evaluate_refuses_what_it_cannot_do(tiny, text):
     bare = torch.nn.Linear(2, 2)
     with pytest.raises(UserError, match="needs its tokenizer"):
         evaluate(bare, text=text)
+
+
+def test_a_single_task_needs_no_list(tiny, text):
+    assert evaluate(tiny, tasks="perplexity", text=text, **QUIET)["nll"] > 0
+
+
+def test_windows_beyond_what_a_model_was_made_for(tiny, near, text):
+    """Rotary positions go on, and a note says so; learned ones end."""
+    beyond = {"text": text, "window": 300, "progress": False}
+    (note,) = evaluate(tiny, **beyond)["notes"]
+    assert "window: 300 tokens are more than the 256" in note
+    (note,) = compare([tiny, near], **beyond)["notes"]
+    assert note.startswith("tiny-0 and nudged-9: window: 300")
+    assert not evaluate(tiny, text=text, window=256, progress=False)["notes"]
+    config = GPT2Config(vocab_size=WORDS, n_embd=32, n_layer=1, n_head=2, n_positions=32)
+    gpt2 = GPT2LMHeadModel(config).eval()
+    gpt2.tokenizer = word_tokenizer()
+    assert evaluate(gpt2, text=text, **QUIET)["nll"] > 0
+    with pytest.raises(UserError, match="window: 33 tokens, and this model has 32 positions"):
+        evaluate(gpt2, text=text, window=33, progress=False)
 
 
 def test_damaged_records_are_named(tmp_path):

@@ -5,12 +5,20 @@ import threading
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from posttrain.errors import UserError
 from posttrain.lm import generate
-from posttrain.lm.engine import TorchEngine
-from posttrain.lm.local import prompt_ids, stop_tokens
+from posttrain.lm.chat import Conversation, unused
+from posttrain.lm.engine import NativeEngine, TorchEngine, engine
+from posttrain.lm.local import _Answer, generate_with, prompt_ids, stop_tokens
+from posttrain.lm.tokens import generate_tokens
 from posttrain.models.kv import parse_kv
 
 TEMPLATE = (
@@ -133,6 +141,53 @@ def test_an_answer_cut_inside_a_character_still_ends(model, tokenizer):
     assert said == "".join(pieces) == "ab\ufffd"
 
 
+def test_a_text_goes_on_with_the_space_that_belongs_there():
+    """Decoders of SentencePiece's kind drop the space that a text begins with."""
+    vocab = {"\u2581Hello": 0, "\u2581world": 1, "ly": 2, "\u2581": 3, "!": 4, "<s>": 5}
+    raw = Tokenizer(models.WordLevel(vocab, unk_token="!"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    raw.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>")
+    for before, said in (
+        ([0], " world"),
+        ([0] * 50, " world"),
+        ([], "world"),
+        ([5], "world"),
+        ([5, 0], " world"),
+    ):
+        answer = _Answer(tokenizer, before)
+        answer.tokens.append(1)
+        assert answer.text() == said
+        answer.tokens.append(2)
+        pieces = []
+        answer.emit(pieces.append, last=True)
+        assert pieces == [said + "ly"]
+
+
+def test_ids_are_continued_as_transformers_would(model):
+    """Padding without a mask; ends of text in every form; what a batch is filled up with."""
+    ids = torch.tensor([[7, 7, 65, 70, 80], [66, 67, 68, 69, 71]])
+    first = model.generate(
+        ids[1:], max_new_tokens=3, do_sample=False, pad_token_id=7, eos_token_id=0
+    )
+    options = [
+        {"pad_token_id": 7, "eos_token_id": 0},
+        {"pad_token_id": 7, "eos_token_id": 7},
+        {"eos_token_id": [int(first[0, 6]), 2]},
+        {"eos_token_id": torch.tensor([int(first[0, 6]), 2])},
+    ]
+    for more in options:
+        more = {"max_new_tokens": 9, "do_sample": False} | more
+        ours, theirs = generate_tokens(model, ids, dict(more)), model.generate(ids, **more)
+        assert torch.equal(ours, theirs), more
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_new_tokens_are_refused_as_transformers_does(model, count):
+    with pytest.raises(ValueError):
+        generate_tokens(model, torch.tensor([[65]]), {"max_new_tokens": count})
+
+
 @pytest.mark.parametrize("stop", ["<|endoftext|>", "<|im_end|>"])
 def test_generation_stops_at_every_kind_of_end(model, tokenizer, stop):
     script = [*tokenizer("ok")["input_ids"], tokenizer.convert_tokens_to_ids(stop), 65, 65]
@@ -149,6 +204,13 @@ def test_messages_go_through_the_template(tokenizer):
     [
         ({"prompt": ""}, "prompt is empty"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": 10.5}, "max_new_tokens must be a whole number"),
+        ({"max_new_tokens": "9"}, "max_new_tokens must be a whole number"),
+        ({"prompt": "caf\udce9"}, "not UTF-8.*at character 4"),
+        ({"prompt": [{"role": "user", "content": "caf\udce9"}]}, "not UTF-8"),
+        ({"prompt": [[]]}, "a prompt is a string or a list of messages"),
+        ({"prompt": b"x"}, "a prompt is a string or a list of messages"),
+        ({"prompt": {"role": "user"}}, "a prompt is a string or a list of messages"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_k": -1}, "top_k"),
@@ -186,3 +248,104 @@ def test_generate_keeps_the_cache_as_asked(model, tokenizer):
     assert generate(model, tokenizer, "Hello", max_new_tokens=20, kv="int2 | fp16/row") != plain
     with pytest.raises(UserError, match="(?s)kv: .*choose int8, fp8"):
         generate(model, tokenizer, "Hello", kv="int9")
+
+
+@pytest.fixture
+def fed(monkeypatch):
+    """How many tokens went into the native decoder."""
+    counts = []
+    step = NativeEngine.step
+    monkeypatch.setattr(
+        NativeEngine,
+        "step",
+        lambda self, feeds, *rest: (
+            counts.append(sum(len(ids) for _, ids in feeds)) or step(self, feeds, *rest)
+        ),
+    )
+    return counts
+
+
+@pytest.fixture
+def talker(model, tokenizer):
+    if not isinstance(engine(model), NativeEngine):
+        pytest.skip("no kernels here")
+    model.tokenizer = tokenizer
+    return model
+
+
+@pytest.mark.parametrize("kv", [None, "int8", "fp32"])
+def test_a_conversation_computes_nothing_twice_and_says_what_it_would_anew(talker, kv, fed):
+    talk = Conversation(talker, system="Be brief. " * 20, kv=kv)
+    options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3}
+    texts = ["one " * 30, "two", "three " * 200, "two"]
+    for turn, text in enumerate(texts):
+        fed.clear()
+        answer = talk.say(text, **options)
+        total = len(prompt_ids(talker.tokenizer, talk.messages[:-1]))
+        again = Conversation(talker, kv=kv)
+        again.messages = talk.messages[:-2]
+        mine, _ = sum(fed), fed.clear()
+        assert again.say(text, **options) == answer
+        assert sum(fed) >= total
+        if turn and "\ufffd" not in answer:  # its tokens may come otherwise from the text
+            assert mine <= len(prompt_ids(talker.tokenizer, text)) + 12 + 40 < total
+    talk.reset()
+    fed.clear()
+    assert talk.say("one", **options) == Conversation(talker, system="Be brief. " * 20, kv=kv).say(
+        "one", **options
+    )
+
+
+def test_an_interrupted_answer_leaves_a_conversation_as_it_was(talker):
+    options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3}
+    expected = [Conversation(talker).say("one", **options)]
+    talk = Conversation(talker)
+    talk.say("one", **options)
+    expected.append(talk.say("two", **options))
+    talk = Conversation(talker)
+
+    def interrupt(piece):
+        raise KeyboardInterrupt
+
+    for text, answer in zip(("one", "two"), expected, strict=True):
+        with pytest.raises(KeyboardInterrupt):
+            talk.say(text, stream=interrupt, **options)
+        assert talk.say(text, **options) == answer
+
+
+def test_an_empty_system_message_is_one(talker):
+    assert Conversation(talker, system="").messages == [{"role": "system", "content": ""}]
+    assert Conversation(talker).messages == []
+
+
+def test_options_that_change_nothing_are_named():
+    nothing = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    assert unused(**nothing) == unused(**nothing | {"temperature": 0.5, "top_k": 3}) == []
+    for name, value in (("top_k", 3), ("top_p", 0.5), ("min_p", 0.1)):
+        (note,) = unused(**nothing | {name: value, "seed": 1})
+        assert note.startswith(f"{name} without a temperature")
+
+
+def test_no_prompts_have_no_answers(talker):
+    assert generate_with(talker, []) == []
+    with pytest.raises(UserError, match="a prompt is a string"):
+        generate_with(talker, {"role": "user", "content": "x"})
+
+
+def test_texts_longer_than_the_model_was_made_for_are_named_or_refused(talker, tokenizer):
+    talk = Conversation(talker)
+    talk.say("x" * 30, max_new_tokens=2)
+    assert talk.facts()["notes"] == []
+    most, talker.config.max_position_embeddings = talker.config.max_position_embeddings, 20
+    try:
+        (note,) = talk.facts()["notes"]
+    finally:
+        talker.config.max_position_embeddings = most
+    assert note.startswith("conversation: ") and "more than the 20" in note
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=16)
+    gpt2 = GPT2LMHeadModel(config).eval()
+    assert isinstance(generate(gpt2, tokenizer, "x", max_new_tokens=15), str)
+    with pytest.raises(
+        UserError, match="max_new_tokens: 17 tokens, and this model has 16 positions"
+    ):
+        generate(gpt2, tokenizer, "x", max_new_tokens=16)

@@ -12,7 +12,9 @@ examples:
 
 import argparse
 import gc
+import io
 import sys
+from contextlib import suppress
 from typing import Any
 
 from posttrain.cli.arguments import (
@@ -77,11 +79,15 @@ def call(args: argparse.Namespace) -> dict[str, Any]:
     if args.json and args.prompt is None:
         raise UserError("--json needs --prompt: a conversation is no single JSON object")
     _import()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an answer in an alphabet that it cannot show
+        sys.stdout.reconfigure(errors="replace")
     if args.prompt is not None:
         import posttrain
 
         stream = None if args.json else _print_now
         result: dict[str, Any] = posttrain.chat(**options(args), stream=stream)
+        if stream is not None:
+            print()
         for note in result.get("notes", ()):
             warn(note)
         return result
@@ -109,20 +115,32 @@ def _print_now(piece: str) -> None:
 
 
 def _converse(args: argparse.Namespace) -> None:
-    from posttrain.lm.chat import Conversation
+    from posttrain.lm.chat import Conversation, unused
 
+    if sys.stdin is None:
+        raise UserError("standard input is closed: ask one thing with --prompt")
     talk = Conversation(args.model, system=args.system, kv=args.kv)
-    for note in talk.facts()["notes"]:
-        warn(note)
     sampling = {
         name: value
         for name, value in options(args).items()
         if name not in ("model", "prompt", "system", "kv")
     }
+    for note in unused(**sampling):
+        warn(note)
     interactive = sys.stdin.isatty()
     if interactive:
-        import readline  # noqa: F401  (arrow keys and history at the prompt)
-    while (line := _read_line("> " if interactive else "")) not in (None, "/exit", "/quit"):
+        with suppress(ImportError):  # not every Python has it
+            import readline  # noqa: F401  (arrow keys and history at the prompt)
+    warned: set[str] = set()
+    while True:
+        for note in talk.facts()["notes"]:
+            kind = note.partition(":")[0]  # not the same again after every answer
+            if kind not in warned:
+                warn(note)
+            warned.add(kind)
+        line = _read_line("> " if interactive else "")
+        if line in (None, "/exit", "/quit"):
+            break
         if line == "/reset":
             talk.reset()
         elif line:
@@ -134,6 +152,10 @@ def _read_line(prompt: str) -> str | None:
         return input(prompt).strip()
     except EOFError:
         return None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"standard input is not {error.encoding.upper()}: {error.reason}"
+        ) from error
 
 
 def _answer(talk: Any, line: str, sampling: dict[str, Any]) -> None:

@@ -45,6 +45,7 @@ _MENDABLE = {
     errno.EDQUOT,
     errno.EISDIR,
     errno.ENOTDIR,
+    errno.ENAMETOOLONG,
 }
 
 

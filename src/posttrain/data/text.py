@@ -69,7 +69,9 @@ def load_text(where: str | Path | None = None, split: Split = "evaluation") -> T
     """
     if split not in ("evaluation", "calibration"):
         raise UserError(f'split must be "evaluation" or "calibration", not {split!r}')
-    name = str(where or DEFAULT_CORPUS[split])
+    name = str(DEFAULT_CORPUS[split] if where is None else where)
+    if not name:
+        raise UserError("text is empty: give a file, a corpus, or nothing for the default one")
     corpora = name.split("+")
     if set(corpora) <= set(CORPORA):
         documents: list[Document] = [d for corpus in corpora for d in CORPORA[corpus](split)]

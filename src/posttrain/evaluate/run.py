@@ -19,6 +19,7 @@ from posttrain.evaluate.divergence import FullTarget, TopTarget
 from posttrain.evaluate.score import Keep, Scorer, Scores, Target, vocabulary
 from posttrain.evaluate.subject import MEMORY_SHARE, Subject
 from posttrain.evaluate.windows import Windows
+from posttrain.lm.context import beyond_context
 
 Visit = Callable[[Subject], None]  # called with each subject once, while its model is in memory
 
@@ -48,6 +49,8 @@ def fits_together(subjects: list[Subject]) -> bool:
 
 def _scorer(subject: Subject, windows: Windows, against: bool = False) -> Scorer:
     model = subject.open()
+    subject.window = windows.window
+    beyond_context(model, windows.window, "window")
     return Scorer(model, subject.label, windows, against=against, runner=subject.engine())
 
 

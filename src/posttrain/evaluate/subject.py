@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from posttrain.errors import UserError
+from posttrain.lm.context import beyond_context
 from posttrain.lm.engine import Engine, scoring_engine, why_torch
 from posttrain.models.base import DTYPES
 from posttrain.models.kv import describe_kv, parse_kv
@@ -28,7 +29,7 @@ EXPANDED_CAVEAT = (
 class Subject:
     """``name`` as the user gave it; ``model`` is None while it is not in memory. ``given``: the
     user loaded it, so it is not ours to close. ``kv``: what its keys and values are kept in, None
-    for what the model says."""
+    for what the model says. ``window``: tokens of the windows it was scored on."""
 
     name: str
     dtype: str = "float32"
@@ -36,6 +37,7 @@ class Subject:
     tokenizer: Any = None
     given: bool = False
     kv: Spec | None = None
+    window: int = 0
 
     @classmethod
     def of(
@@ -139,8 +141,8 @@ class Subject:
         facts = self.facts()
         if "expanded_from" in facts:
             own.insert(0, EXPANDED_CAVEAT.format(**facts))
-        reason = why_torch(self.model, self.kv)
-        own += [] if reason is None else [reason]
+        beyond = beyond_context(self.model, self.window, "window")
+        own += [note for note in (why_torch(self.model, self.kv), beyond) if note]
         report = self.quantize_report()
         origin, inherited = str(report.get("model", self.name)), report.get("notes") or ()
         return [*((self.label, note) for note in own), *((origin, note) for note in inherited)]

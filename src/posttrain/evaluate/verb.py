@@ -20,7 +20,7 @@ TASKS: dict[str, Task] = {"perplexity": perplexity}
 def evaluate(
     model: Any,
     *,
-    tasks: Sequence[str] = ("perplexity",),
+    tasks: str | Sequence[str] = ("perplexity",),
     text: str | Path | Text | None = None,
     window: int = 512,
     stride: int | None = None,
@@ -54,6 +54,7 @@ def evaluate(
     ``notes`` (what to keep in mind of this model's weights, a sentence each).
     Raises UserError for whatever the user can mend.
     """
+    tasks = [tasks] if isinstance(tasks, str) else tasks
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:
         raise UserError(f"unknown task {', '.join(unknown)!r}; known are {', '.join(TASKS)}")

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import kernels
-from posttrain.lm.engine import engine, why_torch
+from posttrain.errors import UserError
+from posttrain.lm.context import beyond_context
+from posttrain.lm.engine import Held, engine, why_torch
 from posttrain.lm.local import Messages, generate
 from posttrain.models.decoding import no_cache
 from posttrain.models.direct import open_direct
@@ -19,23 +21,24 @@ MEMORY_SHARE = 0.5  # of the free memory that expanded weights may take
 
 
 class Conversation:
-    """Chat messages with a model; every question carries the history before it.
+    """Chat messages with a model; every question carries the history before it, of which nothing is
+    computed twice where the engine can hold it.
 
-    `model` only generates where its files can be read without transformers (`models.direct`), else
-    it is the transformers model. `kv` is what keys and values are kept in (see `engine`).
+    `model` is a path or name, or a loaded model. Here it only generates where its files can be read
+    without transformers (`models.direct`), else it is the transformers model. `kv` is what keys and
+    values are kept in (see `engine`).
     """
 
-    def __init__(
-        self, model: str | Path, *, system: str | None = None, kv: str | None = None
-    ) -> None:
+    def __init__(self, model: Any, *, system: str | None = None, kv: str | None = None) -> None:
         self.kv = None if kv is None else parse_kv(kv)
         self.model = _open(model, self.kv)
-        self._system: Messages = [{"role": "system", "content": system}] if system else []
+        self._system: Messages = [] if system is None else [{"role": "system", "content": system}]
         self.reset()
 
     def reset(self) -> None:
         """Forget everything but the system message."""
         self.messages: Messages = list(self._system)
+        self._held = Held()
 
     def say(self, text: str, *, stream: Stream | None = None, **sampling: Any) -> str:
         """The model's answer to `text`; `sampling` are the options of `generate`.
@@ -44,7 +47,13 @@ class Conversation:
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         answer = generate(
-            self.model, self.model.tokenizer, asked, kv=self.kv, stream=stream, **sampling
+            self.model,
+            self.model.tokenizer,
+            asked,
+            kv=self.kv,
+            stream=stream,
+            held=self._held,
+            **sampling,
         )
         self.messages = [*asked, {"role": "assistant", "content": answer}]
         return answer
@@ -52,17 +61,21 @@ class Conversation:
     def facts(self) -> dict[str, Any]:
         """What computes, what keys and values are kept in, and what to know of that."""
         runner = engine(self.model, self.kv)
-        reason = why_torch(self.model, self.kv)
+        beyond = beyond_context(self.model, len(self._held.tokens), "conversation")
         return {
             "implementation": runner.name,
             **describe_kv(runner.keeps(), self.model.config),
-            "notes": [] if reason is None else [reason],
+            "notes": [note for note in (why_torch(self.model, self.kv), beyond) if note],
         }
 
 
-def _open(model: str | Path, kv: Spec | None) -> Any:
+def _open(model: Any, kv: Spec | None) -> Any:
     """The model, ready to answer. Where PyTorch has to run it, its weights are expanded if memory
     allows: expanding them again for every token costs far more than the token itself."""
+    if not isinstance(model, (str, Path)):
+        if getattr(model, "tokenizer", None) is None:
+            raise UserError("a loaded model needs its tokenizer: load it with posttrain.load")
+        return model
     direct = open_direct(model)
     if direct is not None and no_cache(kv or stored_kv(direct.config)) is None:
         return direct
@@ -80,7 +93,7 @@ def _open(model: str | Path, kv: Spec | None) -> Any:
 
 
 def chat(
-    model: str | Path,
+    model: Any,
     *,
     prompt: str,
     system: str | None = None,
@@ -97,10 +110,10 @@ def chat(
     """Ask `model` one thing.
 
     Args:
-        model: directory, hub id, GGUF file or "demo".
+        model: directory, hub id, GGUF file or "demo"; or a loaded model.
         prompt: what the user says.
         system: instructions put before it.
-        temperature: 0 is greedy; higher is more random.
+        temperature: 0 is greedy, whatever the options of sampling are; higher is more random.
         top_k: sample among this many likeliest tokens; 0 is all.
         top_p: sample among the likeliest tokens that together have this probability, (0, 1].
         min_p: leave out tokens less than this many times as likely as the likeliest, [0, 1].
@@ -134,5 +147,17 @@ def chat(
         seed=seed,
     )
     seconds = time.monotonic() - started
-    found = {"model": str(model), "prompt": prompt, "answer": answer, "seconds": seconds}
-    return found | talk.facts()
+    name = model if isinstance(model, (str, Path)) else model.config.name_or_path
+    found = {"model": str(name), "prompt": prompt, "answer": answer, "seconds": seconds}
+    facts = talk.facts()
+    facts["notes"] += unused(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    return found | facts
+
+
+def unused(*, temperature: float, top_k: int, top_p: float, min_p: float, **_: Any) -> list[str]:
+    """A sentence about options of sampling that change nothing."""
+    given = {"top_k": top_k, "top_p": top_p % 1, "min_p": min_p}
+    names = [name for name, value in given.items() if value]
+    if temperature or not names:
+        return []
+    return [f"{', '.join(names)} without a temperature: the likeliest token is taken all the same"]

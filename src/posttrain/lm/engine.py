@@ -10,6 +10,7 @@ config names. The native decoder keeps them packed where it knows the format; Py
 
 import inspect
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -29,6 +30,7 @@ from posttrain.numbers import Spec, spec
 Tokens = Sequence[int]
 
 AT_ONCE = 8  # sequences generated side by side
+ROOM = 4096  # tokens that memory is reserved for before there are any; more when they come
 WIDE = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -48,6 +50,10 @@ class Engine(Protocol):
     def session(self, capacity: int = 256, cache: str | None = None) -> Any:
         """An empty sequence; `capacity` is a hint, `cache` what keys and values are kept in where
         `kv` does not say and the engine has a choice; None is what it `keeps`."""
+
+    def rewind(self, session: Any, length: int) -> bool:
+        """Go back to the first `length` tokens of a session, as if no others had been fed; False
+        where that cannot be."""
 
     def forward(self, feeds: Sequence[tuple[Any, Tokens]], keep: int | None = 1) -> Tensor:
         """Feed sessions; float32 logits [kept tokens, vocabulary] after the last `keep` tokens of
@@ -97,6 +103,9 @@ class NativeEngine:
     ) -> Memory:
         kept = cache if cache and self.kv is None else CACHES[str(self.keeps())]
         return self.decoder.memory(capacity, kept, passing)
+
+    def rewind(self, session: Memory, length: int) -> bool:
+        return self.decoder.rewind(session, length)
 
     def forward(self, feeds: Sequence[tuple[Memory, Tokens]], keep: int | None = 1) -> Tensor:
         return self.decoder.forward(feeds, keep)
@@ -162,6 +171,9 @@ class TorchEngine:
 
     def session(self, capacity: int = 256, cache: str | None = None) -> TorchSession:
         return TorchSession(self.model.config, self.kv)
+
+    def rewind(self, session: TorchSession, length: int) -> bool:
+        return False  # of windows, transformers keeps no more than the last
 
     @torch.inference_mode()
     def forward(self, feeds: Sequence[tuple[TorchSession, Tokens]], keep: int | None = 1) -> Tensor:
@@ -278,18 +290,43 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+@dataclass(eq=False)
+class Held:
+    """The tokens of a text and what was computed of them, for a text that begins alike."""
+
+    session: Any = None
+    tokens: list[int] = field(default_factory=list)
+
+    def take(self, runner: Engine, prompt: Tokens, room: int) -> Any:
+        """A session that holds as much of `prompt` but its last token as is known. It is no longer
+        held: what is interrupted leaves nothing behind."""
+        session, self.session = self.session, None
+        pairs = zip(self.tokens, prompt[:-1], strict=False)
+        common = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        if common is None:
+            common = min(len(self.tokens), len(prompt) - 1)
+        if session is None or not runner.rewind(session, common):
+            return runner.session(room)
+        return session
+
+    def keep(self, session: Any, text: Tokens) -> None:
+        self.session, self.tokens = session, list(text[: session.length])
+
+
 def continuations(
     runner: Engine,
     prompts: Sequence[Tokens],
     samplings: Sequence[Sampling],
     at_once: int = AT_ONCE,
     capacity: int = 256,
+    held: Held | None = None,
 ) -> Iterator[tuple[int, int, Any]]:
     """Token after token of the continuations of all prompts: (prompt, token, stop).
 
     Up to `at_once` prompts are under way together; a prompt that ends makes room for the next in
     the same step (continuous batching). `stop` is called to end the continuation of that prompt.
-    A token depends on its own prompt and seed alone, whatever is beside it.
+    A token depends on its own prompt and seed alone, whatever is beside it. `held` is of an earlier
+    text, and in the end of the first prompt and its continuation.
     """
     waiting = list(range(len(prompts)))[::-1]
     running: dict[int, tuple[Any, list[int], list[int]]] = {}  # session, text, tokens to feed
@@ -300,8 +337,12 @@ def continuations(
     while waiting or running:
         while waiting and len(running) < at_once:
             index = waiting.pop()
-            room = len(prompts[index]) + capacity
-            running[index] = runner.session(room), list(prompts[index]), list(prompts[index])
+            text, room = list(prompts[index]), len(prompts[index]) + min(capacity, ROOM)
+            if held is None or index > 0:
+                running[index] = runner.session(room), text, text[:]
+                continue
+            session = held.take(runner, text, room)
+            running[index] = first = session, text, text[session.length :]
         indices = list(running)
         tokens = runner.step(
             [(running[i][0], running[i][2]) for i in indices],
@@ -313,3 +354,5 @@ def continuations(
             text.append(token)
             running[index] = session, text, [token]
             yield index, token, stop(index)
+    if held is not None and prompts:
+        held.keep(*first[:2])

@@ -5,6 +5,7 @@ that knows the model, and the same seed gives the same text whatever else the pr
 """
 
 from collections.abc import Callable, Sequence
+from operator import index
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 
 from posttrain.errors import UserError
 from posttrain.kernels import Sampling
-from posttrain.lm.engine import AT_ONCE, continuations, engine
+from posttrain.lm.context import beyond_context
+from posttrain.lm.engine import AT_ONCE, Held, continuations, engine
 from posttrain.lm.tokens import generate_tokens, is_text
 from posttrain.numbers import Spec
 
@@ -22,6 +24,8 @@ Prompt = str | Messages
 
 # Tokens by which chat templates end a turn; some checkpoints forget to name theirs as EOS.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|eot|>")
+
+CONTEXT = 8  # tokens before an answer that its text is decoded behind
 
 
 def load(model: str | Path, *, dtype: str | torch.dtype = "auto", resident: str = "packed") -> Any:
@@ -79,40 +83,54 @@ def generate(
     seed: int = 0,
     kv: str | Spec | None = None,
     stream: Callable[[str], Any] | None = None,
+    held: Held | None = None,
 ) -> Any:
     """The model's continuation of a prompt, or its answer to chat messages.
 
     ``prompt`` is a string, continued as it stands, or messages, which go through the tokenizer's
     chat template; or a list of such prompts, which are answered side by side, in a list, each as if
-    it were alone. ``temperature=0`` is greedy; the rule of sampling is in `kernels.sampling`.
-    Generation ends at an end-of-text or end-of-turn token, which is not part of the answer, or
-    after ``max_new_tokens``. ``kv`` is what keys and values are kept in (see `engine`). ``stream`` (for one prompt) is called with each new piece of text; the
-    pieces join to the returned string.
+    it were alone. ``temperature=0`` is greedy, whatever top_k, top_p, min_p and seed are; the rule of
+    sampling is in `kernels.sampling`. Generation ends at an end-of-text or end-of-turn token, which is
+    not part of the answer, or after ``max_new_tokens``. ``kv`` is what keys and values are kept in (see
+    `engine`). ``stream`` (for one prompt) is called with each new piece of text; the pieces join to the
+    returned string. ``held`` (for one prompt) is what was computed of an earlier text, and is of this one
+    afterwards: where both begin alike, nothing is computed again.
     """
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    most = _count("max_new_tokens", max_new_tokens)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     one = _is_prompt(prompt)
     prompts = [prompt] if one else list(prompt)
     if stream is not None and not one:
         raise UserError("stream needs one prompt: pieces of several texts cannot be told apart")
     ids = [prompt_ids(tokenizer, item).tolist() for item in prompts]
+    texts = [_Answer(tokenizer, before if isinstance(item, str) else [])
+             for item, before in zip(prompts, ids, strict=True)]  # fmt: skip
+    beyond_context(model, max(map(len, ids), default=0) + most, "prompt and max_new_tokens")
     stops = stop_tokens(model, tokenizer)
-    answers: list[list[int]] = [[] for _ in prompts]
-    text = ""
-    steps = continuations(engine(model, kv), ids, [sampling] * len(ids), AT_ONCE, max_new_tokens)
-    for index, token, stop in steps:
-        if token in stops:
+    runner = engine(model, kv)
+    for which, token, stop in continuations(
+        runner, ids, [sampling] * len(ids), AT_ONCE, most, held if one else None
+    ):
+        answer = texts[which]
+        if token not in stops:
+            answer.tokens.append(token)
+            if stream is not None:
+                answer.emit(stream)
+        if token in stops or len(answer.tokens) == most:
             stop()
-            continue
-        answers[index].append(token)
-        if one:
-            text = _emit(tokenizer, answers[0], text, stream)
-        if len(answers[index]) == max_new_tokens:
-            stop()
-    if one:
-        return _emit(tokenizer, answers[0], text, stream, last=True)
-    return [_emit(tokenizer, answer, "", None, last=True) for answer in answers]
+    if stream is not None:
+        texts[0].emit(stream, last=True)
+    return texts[0].text() if one else [answer.text() for answer in texts]
+
+
+def _count(name: str, value: Any) -> int:
+    try:
+        number = index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
+    return number
 
 
 def _is_prompt(prompt: Any) -> bool:
@@ -134,7 +152,7 @@ def _is_messages(prompt: Any) -> bool:
 def prompt_ids(tokenizer: Any, prompt: str | Messages) -> torch.Tensor:
     """Token ids, int64 ``[tokens]``, of a string or of templated chat messages."""
     if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
+        ids = tokenizer(_encodable(prompt))["input_ids"]
         if not ids and tokenizer.bos_token_id is not None:
             ids = [tokenizer.bos_token_id]
     else:
@@ -162,21 +180,43 @@ def _templated(tokenizer: Any, messages: Messages) -> list[int]:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates raise whatever their author chose
         raise UserError(f"the model's chat template refuses these messages: {error}") from error
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(_encodable(text), add_special_tokens=False)["input_ids"]
 
 
-def _emit(
-    tokenizer: Any,
-    ids: list[int],
-    emitted: str,
-    stream: Callable[[str], Any] | None,
-    last: bool = False,
-) -> str:
-    """Text so far; what is new goes to ``stream``, unless it ends inside a character: a token
-    may hold only the first bytes of one, which decode to U+FFFD until the rest arrives."""
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    if text.endswith("\ufffd") and not last:
-        return emitted
-    if stream is not None and text != emitted:
-        stream(text[len(emitted) :])
+def _encodable(text: str) -> str:
+    """The text. Raises UserError for halves of surrogate pairs: bytes that were no UTF-8 become such."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the prompt is not UTF-8, or has half of a surrogate pair, at character {error.start + 1}"
+        ) from error
     return text
+
+
+class _Answer:
+    """The tokens of an answer, and its text; `before` are those of a text that it continues."""
+
+    def __init__(self, tokenizer: Any, before: list[int]) -> None:
+        self._tokenizer, self._before = tokenizer, before[-CONTEXT:]
+        self._said = len(self._decoded([]))
+        self._emitted = ""
+        self.tokens: list[int] = []
+
+    def text(self) -> str:
+        """Decoded behind what stands before it: some tokenizers drop the space that a text begins with."""
+        return self._decoded(self.tokens)[self._said :]
+
+    def emit(self, stream: Callable[[str], Any], last: bool = False) -> None:
+        """What is new goes to `stream`, unless it ends inside a character: a token may hold only the
+        first bytes of one, which decode to U+FFFD until the rest arrives."""
+        text = self.text()
+        if text.endswith("\ufffd") and not last:
+            return
+        if text != self._emitted:
+            stream(text[len(self._emitted) :])
+        self._emitted = text
+
+    def _decoded(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(self._before + tokens, skip_special_tokens=True)
+        return text

@@ -1,6 +1,7 @@
 """`.generate` on token ids, with the arguments and results of ``transformers``."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ INERT = {"_from_model_config", "transformers_version", "bos_token_id", "max_leng
 
 
 def is_text(inputs: Any) -> bool:
-    """Whether `inputs` are prompts rather than token ids."""
-    if isinstance(inputs, Sequence) and not isinstance(inputs, str) and len(inputs):
-        return is_text(inputs[0]) or isinstance(inputs[0], Mapping)
-    return isinstance(inputs, str)
+    """Whether `inputs` are prompts (or none, or what was meant as such) rather than token ids."""
+    if isinstance(inputs, Sequence) and not isinstance(inputs, (str, bytes)):
+        return not inputs or is_text(inputs[0]) or isinstance(inputs[0], Mapping)
+    return isinstance(inputs, (str, bytes, dict))
 
 
 def generate_tokens(model: Any, inputs: Any, options: dict[str, Any]) -> Any:
@@ -38,7 +39,7 @@ def generate_tokens(model: Any, inputs: Any, options: dict[str, Any]) -> Any:
     settled = _settled(model, options)
     if settled is None:
         return _theirs(model, options, runner.kv)
-    prompts = _prompts(ids, options.get("attention_mask"))
+    prompts = _prompts(ids, _mask(ids, options.get("attention_mask"), settled))
     new = _continue(runner, prompts, settled)
     width = max(len(part) for part in new)
     pad = settled["pad_token_id"]
@@ -67,11 +68,11 @@ def _settled(model: Any, options: Mapping[str, Any]) -> dict[str, Any] | None:
                 return source[name]
         return default
 
-    if options.get("max_new_tokens") is None:
-        return None  # max_length and its warnings are transformers' own
+    count = options.get("max_new_tokens")
+    if not isinstance(count, Integral) or count < 1:
+        return None  # max_length, its warnings and errors are transformers' own
     sampled = option("do_sample", False)
-    eos = option("eos_token_id", [])
-    stops = frozenset(eos if isinstance(eos, list) else [eos])
+    stops = torch.as_tensor(option("eos_token_id", [])).reshape(-1).tolist()
     return {
         "sampling": {
             "temperature": option("temperature", 1.0) if sampled else 0.0,
@@ -83,15 +84,22 @@ def _settled(model: Any, options: Mapping[str, Any]) -> dict[str, Any] | None:
         # Like transformers, whose draws follow torch.manual_seed.
         "seed": int(torch.randint(2**62, ())) if sampled else 0,
         "stops": stops,
-        "pad_token_id": option("pad_token_id", min(stops, default=0)),
-        "max_new_tokens": options["max_new_tokens"],
+        "pad_token_id": option("pad_token_id", next(iter(stops), None)),
+        "max_new_tokens": int(count),
     }
 
 
-def _prompts(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+def _mask(ids: Tensor, mask: Tensor | None, settled: Mapping[str, Any]) -> Tensor:
+    """Which of `ids` are text. Not told, transformers takes all but padding, unless padding is also
+    what ends a text."""
+    if mask is not None:
+        return mask
+    pad = settled["pad_token_id"]
+    return torch.ones_like(ids) if pad is None or pad in settled["stops"] else ids != pad
+
+
+def _prompts(ids: Tensor, mask: Tensor) -> list[list[int]]:
     rows = ids.reshape(-1, ids.shape[-1])
-    if mask is None:
-        mask = torch.ones_like(rows)
     mask = mask.reshape(rows.shape).bool()
     prompts = [row[keep].tolist() for row, keep in zip(rows, mask, strict=True)]
     if not all(prompts):
