@@ -134,6 +134,28 @@ def test_streamed_pieces_join_to_the_answer_and_split_no_character(model, tokeni
     assert len(pieces) > 5
 
 
+def test_a_long_answer_is_streamed_as_it_reads(model, tokenizer, monkeypatch):
+    """In steps whose work does not grow with what was said, wherever they cut it."""
+    text = "né 世界 🙂! " * 40
+    script = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
+    decoded = []
+    decode = type(tokenizer).decode
+    monkeypatch.setattr(
+        type(tokenizer),
+        "decode",
+        lambda self, ids, **o: decoded.append(len(ids)) or decode(self, ids, **o),
+    )
+    for settled in (1, 7, 64):
+        monkeypatch.setattr("posttrain.lm.local.SETTLED", settled)
+        decoded.clear()
+        pieces = []
+        said = generate(
+            Scripted(model, script), tokenizer, "x", max_new_tokens=2000, stream=pieces.append
+        )
+        assert said == "".join(pieces) == text
+        assert max(decoded) <= settled + 8 + 4
+
+
 def test_an_answer_cut_inside_a_character_still_ends(model, tokenizer):
     script = tokenizer("ab世")["input_ids"]
     pieces = []

@@ -25,7 +25,8 @@ Prompt = str | Messages
 # Tokens by which chat templates end a turn; some checkpoints forget to name theirs as EOS.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|eot|>")
 
-CONTEXT = 8  # tokens before an answer that its text is decoded behind
+CONTEXT = 8  # tokens before others that the text of these is decoded behind
+SETTLED = 64  # tokens after which what is streamed is not decoded anew
 
 
 def load(model: str | Path, *, dtype: str | torch.dtype = "auto", resident: str = "packed") -> Any:
@@ -199,13 +200,19 @@ class _Answer:
 
     def __init__(self, tokenizer: Any, before: list[int]) -> None:
         self._tokenizer, self._before = tokenizer, before[-CONTEXT:]
-        self._said = len(self._decoded([]))
-        self._emitted = ""
+        self._settled, self._tokens_settled = "", 0  # not decoded again
+        self._emitted = 0
         self.tokens: list[int] = []
 
     def text(self) -> str:
         """Decoded behind what stands before it: some tokenizers drop the space that a text begins with."""
-        return self._decoded(self.tokens)[self._said :]
+        settled = self._tokens_settled
+        before = (self._before + self.tokens[max(0, settled - CONTEXT) : settled])[-CONTEXT:]
+        fresh = self.tokens[settled:]
+        said, text = self._decoded(before), self._decoded(before + fresh)
+        if text.startswith(said):
+            return self._settled + text[len(said) :]
+        return self._settled + self._decoded(fresh)
 
     def emit(self, stream: Callable[[str], Any], last: bool = False) -> None:
         """What is new goes to `stream`, unless it ends inside a character: a token may hold only the
@@ -213,10 +220,12 @@ class _Answer:
         text = self.text()
         if text.endswith("\ufffd") and not last:
             return
-        if text != self._emitted:
-            stream(text[len(self._emitted) :])
-        self._emitted = text
+        if len(text) > self._emitted:
+            stream(text[self._emitted :])
+        self._emitted = len(text)
+        if len(self.tokens) - self._tokens_settled >= SETTLED:
+            self._settled, self._tokens_settled = text, len(self.tokens)
 
     def _decoded(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(self._before + tokens, skip_special_tokens=True)
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return text
