@@ -1,5 +1,8 @@
 """Laws of sampling: the native draw is the reference's, and follows the distribution it cuts."""
 
+import itertools
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +71,74 @@ def test_the_native_draw_is_the_references():
         sampling = Sampling(**options)
         expected = sampling.reference(logits.numpy().copy(), history)
         assert sampling.draw(logits, history) == expected, options
+
+
+INFINITE = float("inf")
+EDGES = {  # what float32, and the integers of C, make something else of; the first is nothing special
+    "temperature": [1.0, 1e-50, 1e-46, 1e-45, 1e-38, 1e30, 3.4e38, np.float32(0.5), 2],
+    "top_k": [0, 2**31 - 1, 2**31, 2**32 + 1, 10**30, np.int64(3), np.uint8(2)],
+    "top_p": [1.0, 1e-50, 1e-46, 1e-45, 1 - 1e-9, 1, np.float64(0.5)],
+    "min_p": [0.0, 1e-50, 1e-45, 1 - 1e-9, 1, np.float32(0.25)],
+    "repetition_penalty": [1.0, 1 + 1e-9, 1.2e-38, 3.4e38, 2, np.float32(1.5)],
+    "seed": [0, -1, 2**63, 2**64 + 5, -(10**30), np.int64(-7), np.uint64(2**64 - 1), np.int8(-3)],
+}
+EDGES_OF_LOGITS = [
+    [0.5],
+    [-INFINITE],
+    [0.0, 1.0, 1.0, -2.0, 0.999],
+    [-INFINITE, -1.0, -INFINITE, -1.0],
+    [-INFINITE] * 5,
+    [1.0, INFINITE, 2.0, INFINITE],
+    [3e38, -3e38, 1e-45, -1e-45, 0.0, -0.0],
+]
+
+
+@needs_native
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("first", EDGES)
+@pytest.mark.parametrize("second", EDGES)
+def test_the_native_draw_is_the_references_at_the_edges(first, second):
+    """Each edge of one option with each of another, on logits that are edges themselves."""
+    plain = {name: edges[0] for name, edges in EDGES.items()}
+    for one, other in itertools.product(EDGES[first], EDGES[second]):
+        sampling = Sampling(**plain | {first: one, second: other})
+        for values in EDGES_OF_LOGITS:
+            logits = torch.tensor(values)
+            expected = sampling.reference(logits.numpy().copy(), [0, 1])
+            assert 0 <= expected < len(values)
+            assert sampling.draw(logits, [0, 1]) == expected, (sampling, values)
+
+
+def test_options_that_float32_makes_0_leave_the_likeliest():
+    logits = torch.tensor([0.0, 1.0, 0.9])
+    for seed in range(50):
+        for options in ({"temperature": 1e-50}, {"temperature": 1.0, "top_p": 1e-50}):
+            sampling = Sampling(**options, seed=seed)
+            assert sampling.draw(logits, []) == sampling.reference(logits.numpy(), []) == 1
+
+
+def test_seeds_are_the_same_as_numbers_of_numpy():
+    logits = torch.zeros(100)
+    for seed in (-(2**63), -1, 0, 5, 2**63 - 1):
+        drawn = {Sampling(1.0, seed=s).draw(logits, [7]) for s in (seed, np.int64(seed))}
+        drawn |= {Sampling(1.0, seed=seed % 2**64).reference(logits.numpy(), [7])}
+        assert len(drawn) == 1
+
+
+NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
+NEVER = [None, "0.7", [1], 1j, float("nan"), INFINITE, -INFINITE, -1, 1e39, 10**400]
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [(name, value) for name in NUMBERS for value in NEVER]
+    + [(name, value) for name in ("top_k", "seed") for value in [*NEVER[:7], 50.0, np.float32(1)]]
+    + [("top_k", -1), ("top_p", 0), ("top_p", 1.5), ("min_p", 1.5)]
+    + [("repetition_penalty", 0), ("repetition_penalty", 1e-50)],
+)
+def test_an_option_that_cannot_be_is_named(name, value):
+    with pytest.raises(UserError, match=f"^{name} must be .*, not {re.escape(repr(value))}$"):
+        Sampling(**{name: value})
 
 
 def test_a_draw_changes_nothing_and_depends_on_its_position():

@@ -196,7 +196,7 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def add_progress_option(parser: Parser) -> None:
-    """`--quiet`: no progress bar, which otherwise goes to standard error where that is a screen."""
+    """`--quiet`: no progress bar, which otherwise goes to standard error."""
     parser.add_argument(
         "--quiet",
         dest="progress",

@@ -143,10 +143,13 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def _cores() -> int:
-    """Cores this process may use: a container often has fewer than the machine."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores this process may use: a container often has fewer than the machine, or a part of their
+    time."""
+    try:
+        from posttrain.kernels.build import usable_cpus
+    except ImportError:  # without PyTorch there are no kernels to ask
+        return os.cpu_count() or 1
+    return usable_cpus()
 
 
 def _software() -> list[Check]:

@@ -10,8 +10,10 @@ this before anything else is installed.
 
 import argparse
 import hashlib
+import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,63 +40,114 @@ X86 = {
     "avx512.cpp": AVX512,
     "amx.cpp": [*AVX512, "-mamx-tile", "-mamx-int8"],
 }
-ARM = {"neon.cpp": ["-march=armv8.2-a+dotprod+fp16"]}
+ARM = {"neon.cpp": ["-march=armv8.2-a+dotprod"]}
 ISA_FLAGS = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}
+SUFFIXES = (".cpp", ".h")  # of sources
 
 
 class BuildError(Exception):
     """The library could not be built; the message says why."""
 
 
-def compiler() -> str:
-    """The C++ compiler to use: $CXX, or the first of c++, g++, clang++. Raises BuildError."""
-    wanted = os.environ.get("CXX")
-    for name in [wanted] if wanted else ["c++", "g++", "clang++"]:
-        if shutil.which(name):
-            return name
+def compiler() -> list[str]:
+    """The command of the C++ compiler: $CXX ("g++", "ccache g++"), or the first of c++, g++, clang++.
+    Raises BuildError."""
+    wanted = os.environ.get("CXX", "").strip()
+    for command in [_words(wanted)] if wanted else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
     raise BuildError(f"no C++ compiler: {wanted or 'none of c++, g++, clang++'} not found")
 
 
+def _words(command: str) -> list[str]:
+    """As a shell reads it, unless all of it is the name of a program."""
+    try:
+        return [command] if shutil.which(command) else shlex.split(command)
+    except ValueError as error:
+        raise BuildError(f"CXX={command} cannot be read: {error}") from None
+
+
+def sources() -> list[Path]:
+    """The files of `native/`, without what editors and systems leave beside them. Raises OSError."""
+    files = (path for path in SOURCES.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    return sorted(path for path in files if not path.name.startswith("."))
+
+
 def fingerprint() -> str:
-    """Hash of all sources, compiled into the library: tells when it is older than they are."""
+    """Hash of all sources, compiled into the library: tells when it is older than they are. Raises
+    OSError where they cannot be read."""
     digest = hashlib.sha256()
-    for path in sorted(SOURCES.iterdir()):
+    for path in sources():
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def build(output: Path = LIBRARY, sanitize: bool = False) -> Path:
     """Compile everything in `native/` into `output`. Raises BuildError."""
-    with tempfile.TemporaryDirectory() as folder:
-        objects = compile_all(sorted(SOURCES.glob("*.cpp")), Path(folder), sanitize)
-        fresh = Path(folder) / output.name
-        extra = SANITIZE if sanitize else []
-        _run(compiler(), *extra, "-shared", "-pthread", *map(str, objects), "-o", str(fresh))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        # Replaced, not overwritten: a process that has the old one mapped keeps it.
-        waiting = output.with_name(f".{output.name}.{os.getpid()}")
-        shutil.copy(fresh, waiting)
-        os.replace(waiting, output)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            files = [path for path in sources() if path.suffix == ".cpp"]
+            objects = map(str, compile_all(files, Path(folder), sanitize))
+            fresh = Path(folder) / output.name
+            extra = SANITIZE if sanitize else []
+            _run(*compiler(), *extra, "-shared", "-pthread", *objects, "-o", str(fresh))
+            _put(fresh, output)
+    except OSError as error:
+        raise BuildError(
+            f"{output} cannot be made: {error}; make room or get the right to write there, or build "
+            "another file with --output FILE and name it in POSTTRAIN_NATIVE"
+        ) from None
     return output
 
 
+def _put(fresh: Path, output: Path) -> None:
+    """A library in its place. Replaced, not overwritten: a process that has the old one mapped keeps
+    it."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    waiting = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        shutil.copy(fresh, waiting)
+        os.replace(waiting, output)
+    finally:
+        waiting.unlink(missing_ok=True)
+
+
 def compile_all(sources: Sequence[Path], folder: Path, sanitize: bool = False) -> list[Path]:
-    """Object files of these sources in `folder`, as many at a time as there are cores. Raises
+    """Object files of these sources in `folder`, as many at a time as there are processors. Raises
     BuildError."""
 
     def compile_one(source: Path) -> Path:
         return compile_file(source, folder / f"{source.stem}.o", sanitize)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cpus()) as pool:
         return list(pool.map(compile_one, sources))
 
 
 def compile_file(source: Path, output: Path, sanitize: bool = False) -> Path:
     """Compile one file with the flags of its instruction set. Raises BuildError."""
     flags = [*FLAGS, *(SANITIZE if sanitize else []), f'-DPT_SOURCES="{fingerprint()}"']
-    flags += ISA_FLAGS.get(platform.machine().lower(), {}).get(source.name, [])
-    _run(compiler(), *flags, "-c", str(source), "-o", str(output))
+    flags += isa_flags(source.name)
+    _run(*compiler(), *flags, "-c", str(source), "-o", str(output))
     return output
+
+
+def isa_flags(source: str) -> list[str]:
+    """What a file's instruction set asks of the compiler; nothing, and a line that says so, where the
+    compiler does not know it. The file is empty then, and the library does without."""
+    flags = ISA_FLAGS.get(platform.machine().lower(), {}).get(source, [])
+    if not flags or _knows(flags):
+        return flags
+    command = " ".join(compiler())
+    print(f"left out {source}: {command} does not know {' '.join(flags)}", file=sys.stderr)
+    return []
+
+
+def _knows(flags: Sequence[str]) -> bool:
+    try:
+        _run(*compiler(), *flags, "-fsyntax-only", "-x", "c++", os.devnull)
+    except BuildError:
+        return False
+    return True
 
 
 def _run(*command: str) -> None:
@@ -104,6 +157,50 @@ def _run(*command: str) -> None:
         raise BuildError(f"{command[0]} cannot be run: {error}") from None
     if done.returncode:
         raise BuildError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
+
+
+def usable_cpus() -> int:
+    """Processors that this process may use, at least 1: those it may run on, and no more than its
+    control groups (a container's, say) give it the time of."""
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    return max(1, math.ceil(min(count, cpu_quota())))
+
+
+def cpu_quota(root: Path = Path("/")) -> float:
+    """The least of what the control groups of this process allow, in processors; inf without a limit.
+
+    root: where /proc and /sys are. Inside a container the path that /proc names may begin outside of
+    what /sys shows: the groups above it that are there count.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return math.inf
+    least = math.inf
+    for line in lines:
+        _, _, where = line.partition(":")
+        controllers, _, group = where.partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        folder = root / "sys/fs/cgroup" / ("cpu" if controllers else "")  # version 1, or 2
+        for part in ["", *group.split("/")]:
+            folder /= part
+            least = min(least, _quota_of(folder))
+    return least
+
+
+def _quota_of(group: Path) -> float:
+    """The limit of one control group, of version 2 or 1: microseconds of each period."""
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        try:
+            quota, period = " ".join((group / name).read_text() for name in names).split()
+            return int(quota) / int(period) if int(quota) > 0 else math.inf
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return math.inf
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """The native library: found, checked and loaded once; its C structs; `isa` and `threads`.
 
-`$POSTTRAIN_NATIVE` names another library file, or "off" to do without. ctypes and a plain C interface
+`$POSTTRAIN_NATIVE` names another library file, or is "off" to do without. ctypes and a plain C interface
 instead of an extension module: a call costs 0.6 microseconds more, which a call per decode step
 does not feel, and one build serves every version of Python.
 """
@@ -21,6 +21,8 @@ from posttrain.errors import UserError
 ABI = 12
 LIBRARY = Path(__file__).with_name("_native.so")
 BUILD = "python -m posttrain.kernels.build"
+OFF = ("off", "0", "false", "no")  # values of POSTTRAIN_NATIVE, in any case
+MOST_THREADS = 1024
 STAGES = {"integer": 0, "lookup": 1, "table": 2, "float": 3, "rows": 4}
 SCALE_TYPES = {"fp32": 0, "fp16": 1, "bf16": 2, "e4m3": 3, "e8m0": 4}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
@@ -29,6 +31,8 @@ STATUS = {
     1: "shapes that do not fit together",
     2: "a format it does not know",
     3: "more memory than there is",
+    4: "the system starts no {threads} threads; raise its limit (`ulimit -u`, the pids of a container) "
+    "or use fewer (posttrain.kernels.set_threads, or taskset)",
 }
 
 _i32, _i64, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
@@ -195,39 +199,56 @@ class Found:
 def find() -> Found:
     """Load the library once per process. Never raises; a missing library has its reason."""
     wanted = os.environ.get("POSTTRAIN_NATIVE", "")
-    if wanted == "off":
-        return Found(None, "switched off by POSTTRAIN_NATIVE=off", "unset POSTTRAIN_NATIVE")
-    path = Path(wanted) if wanted else LIBRARY
-    if not path.is_file():
-        return _missing(path)
+    if wanted.lower() in OFF:
+        return Found(None, f"switched off by POSTTRAIN_NATIVE={wanted}", "unset POSTTRAIN_NATIVE")
+    path = os.path.abspath(wanted or LIBRARY)  # a bare name would be looked for elsewhere
+    if not os.path.isfile(path):
+        return _misnamed(path) if wanted else _unbuilt()
     try:
-        library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(path)
         abi = library.pt_abi()
+        if abi != ABI:
+            return Found(None, f"{path} has interface {abi}, this posttrain needs {ABI}", BUILD)
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         return Found(None, f"{path} cannot be loaded ({error})", BUILD)
-    if abi != ABI:
-        return Found(None, f"{path} has interface {abi}, this posttrain needs {ABI}", BUILD)
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+    library.pt_set_threads(_usable_cpus())
     _warn_if_stale(library)
     return Found(library)
 
 
-def _missing(path: Path) -> Found:
+def _misnamed(path: str) -> Found:
+    reason = f"POSTTRAIN_NATIVE names {path}, which is no file"
+    return Found(None, reason, "unset POSTTRAIN_NATIVE, or name a library that is there")
+
+
+def _unbuilt() -> Found:
     from posttrain.kernels import build  # not above: it is also run as a program
 
     try:
-        return Found(None, f"not built yet ({build.compiler()} is here to build them)", BUILD)
+        command = " ".join(build.compiler())
+        return Found(None, f"not built yet ({command} is here to build them)", BUILD)
     except build.BuildError as error:
-        return Found(None, f"{path.name} is missing and {error}", f"install g++, then {BUILD}")
+        return Found(None, f"{LIBRARY.name} is missing and {error}", f"install g++, then {BUILD}")
 
 
 def _warn_if_stale(library: ctypes.CDLL) -> None:
     from posttrain.kernels import build
 
-    if library.pt_sources().decode() != build.fingerprint():
+    try:
+        sources = build.fingerprint()
+    except OSError:  # installed without them, or not for everybody to read
+        return
+    if library.pt_sources().decode() != sources:
         warnings.warn(f"the native kernels are older than their sources; run {BUILD}", stacklevel=2)
+
+
+def _usable_cpus() -> int:
+    from posttrain.kernels import build
+
+    return build.usable_cpus()
 
 
 def native() -> ctypes.CDLL:
@@ -265,16 +286,18 @@ def threads() -> int:
 
 
 def set_threads(count: int) -> None:
-    """Use `count` threads; 0 is one per processor this process may run on."""
-    if count < 0:
-        raise UserError(f"threads must be 0 (all processors) or more, not {count}")
-    native().pt_set_threads(count)
+    """Use `count` threads, at most MOST_THREADS; 0 is one per processor this process may use, as it
+    is without this."""
+    if not 0 <= count <= MOST_THREADS:
+        raise UserError(f"threads must be from 0 (all processors) to {MOST_THREADS}, not {count}")
+    native().pt_set_threads(count or _usable_cpus())
 
 
 def check(status: int, what: str) -> None:
     """UserError unless a native function returned 0."""
     if status:
-        raise UserError(f"the native kernels refused {what}: {STATUS.get(status, status)}")
+        reason = STATUS.get(status, str(status)).format(threads=threads())
+        raise UserError(f"the native kernels refused {what}: {reason}")
 
 
 def allocate(nbytes: int) -> Tensor:
@@ -284,5 +307,6 @@ def allocate(nbytes: int) -> Tensor:
     if not address:
         raise MemoryError(f"no {nbytes} bytes for packed weights")
     owner = (ctypes.c_uint8 * nbytes).from_address(address)
-    weakref.finalize(owner, library.pt_free, address)
+    release = weakref.finalize(owner, library.pt_free, address)
+    release.atexit = False  # another thread may still be multiplying when the interpreter ends
     return torch.frombuffer(owner, dtype=torch.uint8)

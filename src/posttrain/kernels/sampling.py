@@ -9,8 +9,10 @@ drawn elsewhere, in whatever batch, on whatever machine. Ties go to the lower to
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,19 @@ from posttrain.kernels import library
 
 Logits = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
+
+# What an option may be: its kind, which of that kind, and that in words. The kernels compute with
+# float32: what would be infinite there, or a penalty of 0, is refused.
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+_RULES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "temperature": (Real, lambda x: 0 <= x <= _MOST, "a number from 0 (greedy) to 3.4e38"),
+    "top_k": (Integral, lambda x: x >= 0, "a whole number, 0 (all tokens) or more"),
+    "top_p": (Real, lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
+    "min_p": (Real, lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+    "repetition_penalty": (Real, lambda x: _LEAST <= x <= _MOST, "a number from 1.2e-38 to 3.4e38"),
+    "seed": (Integral, lambda x: True, "a whole number"),
+}
+_ANY_TOKENS = 2**31 - 1  # more than a vocabulary has
 
 
 @dataclass(frozen=True)
@@ -36,16 +51,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
-        if self.top_k < 0:
-            raise UserError(f"top_k must be 0 (all tokens) or more, not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise UserError(f"min_p must be from 0 to 1, not {self.min_p}")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise UserError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+        for name, (kind, allowed, words) in _RULES.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or not allowed(value):
+                raise UserError(f"{name} must be {words}, not {value!r}")
 
     def draw(self, logits: Tensor, history: Sequence[int]) -> int:
         """The token after `history` (the text so far, prompt included), by `logits` [vocabulary].
@@ -64,8 +73,8 @@ class Sampling:
     def struct(self, history: Sequence[int]) -> library.Draw:
         """How the token after `history` is drawn, as the kernels want to know it."""
         how = library.Draw(
-            self.temperature, self.top_p, self.min_p, self.repetition_penalty, self.top_k,
-            self.seed % 2**64, len(history),
+            self.temperature, self.top_p, self.min_p, self.repetition_penalty,
+            min(int(self.top_k), _ANY_TOKENS), int(self.seed) % 2**64, len(history),
         )  # fmt: skip
         if self.repetition_penalty != 1:
             how.past = np.asarray(history, dtype=np.int32)  # lives as long as what points to it
@@ -79,29 +88,35 @@ class Sampling:
             past = np.asarray(history, dtype=np.int32)
             seen = np.unique(past[(past >= 0) & (past < len(z))])
             penalty = np.float32(self.repetition_penalty)
-            z[seen] = np.where(z[seen] > 0, z[seen] / penalty, z[seen] * penalty)
+            with np.errstate(over="ignore"):
+                z[seen] = np.where(z[seen] > 0, z[seen] / penalty, z[seen] * penalty)
         if np.isnan(z).any():
             return -1
         best = int(z.argmax())
-        if self.temperature == 0:
-            return best
         temperature = float(np.float32(self.temperature))
+        if temperature == 0 or np.isinf(z[best]):
+            return best
         scores = (z.astype(np.float64) - float(z[best])) / temperature
-        order = np.argsort(-scores, kind="stable")  # likeliest first, the lower token of equals
+        order = np.argsort(-z, kind="stable")  # likeliest first, the lower token of equals
         order = order[: self.top_k or None]
         order = order[np.isfinite(scores[order])]
         weights = np.exp(scores[order])
         top_p = np.float32(self.top_p)
         if top_p < 1:
             before = np.concatenate([[0.0], np.cumsum(weights)[:-1]])
-            order = order[before < float(top_p) * weights.sum()]
+            likely = before < float(top_p) * weights.sum()
+            likely[0] = True  # also by a top_p that is 0 in float32
+            order = order[likely]
         order = order[np.exp(scores[order]) >= float(np.float32(self.min_p))]
         values = scores[order] + gumbel(self.seed, len(history), order)
         return int(min(order[values == values.max()]))
 
 
 def drawn(token: int) -> int:
-    """A token that was drawn. Raises UserError for -1, which stands for logits that are NaN."""
+    """A token that was drawn. Raises UserError for -1, which stands for logits that are NaN, and for
+    less, where the kernels could not draw (`pt_sample` of native/posttrain.h)."""
+    if token < -1:
+        library.check(-1 - token, "to draw a token")
     if token < 0:
         raise UserError("the model gives logits that are not numbers: its weights are broken")
     return token
@@ -109,7 +124,7 @@ def drawn(token: int) -> int:
 
 def gumbel(seed: int, position: int, tokens: npt.NDArray[np.int64]) -> Floats:
     """Standard Gumbel noise of each token at a position."""
-    start = _mixed(np.array([seed % 2**64], dtype=np.uint64))
+    start = _mixed(np.array([int(seed) % 2**64], dtype=np.uint64))
     key = _mixed(start ^ np.uint64(position))
     bits = _mixed(key ^ tokens.astype(np.uint64)) >> np.uint64(12)
     noise: Floats = -np.log(-np.log((bits.astype(np.float64) + 0.5) * 2.0**-52))

@@ -352,9 +352,9 @@ void losses(const pt_model &m, const float *hidden, const int32_t *targets, int6
 }
 
 int32_t check(const pt_model &m) {
-  if (m.blocks < 1 || m.width < 1 || m.kv_heads < 1 || m.heads % m.kv_heads || m.head_size < 1)
-    return PT_BAD_SHAPE;
-  if (m.rotary % 2 || m.rotary > m.head_size || m.vocabulary < 1) return PT_BAD_SHAPE;
+  if (m.blocks < 1 || m.width < 1 || m.head_size < 1 || m.vocabulary < 1) return PT_BAD_SHAPE;
+  if (m.heads < 1 || m.kv_heads < 1 || m.heads % m.kv_heads) return PT_BAD_SHAPE;
+  if (m.rotary < 0 || m.rotary % 2 || m.rotary > m.head_size) return PT_BAD_SHAPE;
   const int64_t queries = (int64_t)m.heads * m.head_size, keys = (int64_t)m.kv_heads * m.head_size;
   auto fits = [](const pt_weight *w, int64_t rows, int64_t cols) {
     return w->rows == rows && w->cols == cols;
@@ -366,6 +366,7 @@ int32_t check(const pt_model &m) {
     return PT_BAD_SHAPE;
   for (int i = 0; i < m.blocks; i++) {
     const pt_block &b = m.block[i];
+    if (b.rope < -1 || b.rope > 1 || b.window < 0) return PT_BAD_SHAPE;
     const pt_weight *qkv[] = {b.q, b.k, b.v}, *mlp[] = {b.gate, b.up};
     if (int32_t wrong = check_products(qkv, 3, b.qkv_input)) return wrong;
     if (int32_t wrong = check_products(mlp, 2, b.mlp_input)) return wrong;
@@ -380,20 +381,32 @@ int32_t check(const pt_model &m) {
   return PT_OK;
 }
 
+/* Whether everything is there that the next tokens of a sequence need. */
+bool has_memory(const pt_model &m, const pt_sequence &s) {
+  if (!s.keys || !s.values) return false;
+  if (s.type >= PT_CACHE_I8 && (!s.key_scales || !s.value_scales)) return false;
+  for (int i = 0; m.rotary && i < m.blocks; i++)
+    if (m.block[i].rope >= 0 && !s.angles[m.block[i].rope]) return false;
+  return true;
+}
+
 /* Whether a pass can be made over these tokens; how many there are. */
 int32_t check(const pt_model &m, const pt_sequence *sequences, int count, const int32_t *ids,
               int64_t *tokens) {
   if (int32_t wrong = check(m)) return wrong;
+  if (count < 0) return PT_BAD_SHAPE;
   *tokens = 0;
   for (int i = 0; i < count; i++) {
     const pt_sequence &s = sequences[i];
-    if (s.tokens < 0 || s.length < 0 || s.capacity % kPanel || s.length + s.tokens > s.capacity)
+    if (s.tokens < 0 || s.length < 0 || s.capacity % kPanel || s.length > s.capacity - s.tokens)
       return PT_BAD_SHAPE;
     if (s.passing && s.length) return PT_BAD_SHAPE;
     if (s.type < PT_CACHE_F32 || s.type > PT_CACHE_I16) return PT_BAD_FORMAT;
     if (s.type == PT_CACHE_I16 && m.head_size > kMostChannels) return PT_BAD_FORMAT;
+    if (s.tokens && !has_memory(m, s)) return PT_BAD_SHAPE;
     *tokens += s.tokens;
   }
+  if (*tokens && !ids) return PT_BAD_SHAPE;
   for (int64_t t = 0; t < *tokens; t++)
     if (ids[t] < 0 || ids[t] >= m.vocabulary) return PT_BAD_SHAPE;
   return PT_OK;
@@ -419,6 +432,8 @@ int32_t pt_forward(const pt_model *model, const pt_sequence *sequences, int32_t 
                    float *logits) {
   int64_t tokens;
   if (int32_t wrong = check(*model, sequences, count, ids, &tokens)) return wrong;
+  if (wanted < 0 || (wanted && (!want || !(hidden || logits)))) return PT_BAD_SHAPE;
+  if (!hidden && wanted > tokens) return PT_BAD_SHAPE; /* what enters the head lies where tokens do */
   for (int i = 0; i < wanted; i++)
     if (want[i] < 0 || want[i] >= tokens) return PT_BAD_SHAPE;
   if (tokens == 0) return PT_OK;
@@ -431,6 +446,7 @@ int32_t pt_step(const pt_model *model, const pt_sequence *sequences, int32_t cou
   if (int32_t wrong = check(*model, sequences, count, ids, &all)) return wrong;
   for (int i = 0; i < count; i++)
     if (!sequences[i].tokens) return PT_BAD_SHAPE;
+  if (count == 0) return PT_OK;
   return guarded([&] {
     expect_another_token(true);
     static Buffer *buffer = new Buffer;

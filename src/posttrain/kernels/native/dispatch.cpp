@@ -6,6 +6,8 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 #include <mutex>
@@ -15,8 +17,11 @@
 
 namespace {
 
+/* With what the files of AVX2 and better are compiled for besides. */
 bool has_avx2() {
 #if defined(__x86_64__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_F16C)) return false; /* gcc knows the name from 11 on */
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #else
   return false;
@@ -59,10 +64,21 @@ bool has_amx() {
 #endif
 }
 
+bool has_neon_dotprod() {
+#if defined(__aarch64__) && defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  return true; /* every Apple processor that runs macOS */
+#else
+  return false;
+#endif
+}
+
 /* Intel's cores (Sapphire Rapids) bring in two streams a fifth faster than one, however early that is
  * asked for. AMD's bring in a single stream fastest, asked for early: on Zen 5 with 4-bit codes a quarter
  * faster than two. Zen 4 brings most lines by itself, up to a third faster if they are not asked for; with
- * AVX2, which takes longer for each of them, it does not. */
+ * AVX2, which takes longer for each of them, it does not, and products of few registers ask for every line
+ * whatever this says. */
 const Reading two_streams = {2, 1152, true}, one_stream = {1, 6144, true}, sparse_stream = {1, 6144, false};
 
 Reading suitable_reading() {
@@ -71,7 +87,7 @@ Reading suitable_reading() {
   const unsigned authentic_amd = 0x68747541; /* "Auth", the first letters of the vendor's name */
   if (__get_cpuid(0, &a, &b, &c, &d) && b == authentic_amd && __get_cpuid(1, &a, &b, &c, &d)) {
     const unsigned family = (a >> 8 & 0xf) + (a >> 20 & 0xff), zen5 = 0x1a;
-    return family < zen5 && has_avx512() ? sparse_stream : one_stream;
+    return family < zen5 ? sparse_stream : one_stream;
   }
 #endif
   return two_streams;
@@ -86,20 +102,23 @@ struct Choice {
 
 bool always() { return true; }
 
-/* Best first. NEON's file is empty where the processor lacks what it needs. */
+/* Best first. A file gives NULL where the library was built for another architecture, or by a compiler that
+ * does not know its instructions; it is asked only where the processor has them. */
 const Choice choices[] = {
     {amx_kernels, has_amx},
     {avx512_kernels, has_avx512},
     {avxvnni_kernels, has_avxvnni},
     {avx2_kernels, has_avx2},
-    {neon_kernels, always},
+    {neon_kernels, has_neon_dotprod},
     {portable_kernels, always},
 };
 
+const Kernels *kernels_of(const Choice &choice) { return choice.present() ? choice.kernels() : nullptr; }
+
 const Kernels *find(const char *name) {
   for (auto &choice : choices) {
-    const Kernels *kernels = choice.kernels();
-    if (kernels && choice.present() && (!*name || !strcmp(name, kernels->name))) return kernels;
+    const Kernels *kernels = kernels_of(choice);
+    if (kernels && (!*name || !strcmp(name, kernels->name))) return kernels;
   }
   return nullptr;
 }
@@ -143,8 +162,8 @@ const char *pt_isas(void) {
   static const std::string names = [] {
     std::string found;
     for (auto &choice : choices) {
-      const Kernels *kernels = choice.kernels();
-      if (kernels && choice.present()) found += (found.empty() ? "" : ",") + std::string(kernels->name);
+      const Kernels *kernels = kernels_of(choice);
+      if (kernels) found += (found.empty() ? "" : ",") + std::string(kernels->name);
     }
     return found;
   }();

@@ -203,7 +203,7 @@ struct Reading {
 };
 const Reading &reading(); /* what suits this processor (dispatch.cpp) */
 
-/* Null where the library was built for another architecture. */
+/* Null where the library was built for another architecture, or by a compiler that does not know theirs. */
 const Kernels *portable_kernels();
 const Kernels *avx2_kernels();
 const Kernels *avxvnni_kernels();

@@ -45,7 +45,7 @@ int64_t group_of(int64_t group, int64_t cols) {
 bool valid(const pt_weight &w) {
   if (w.rows < 1 || w.cols < 1 || !w.codes) return false;
   if (w.stage == PT_FLOAT || w.stage == PT_ROWS) return w.bits == 16 || w.bits == 32;
-  if (w.bits < 2 || w.bits > 8 || (w.group < w.cols && w.group % 16)) return false;
+  if (w.bits < 2 || w.bits > 8 || w.group < 1 || (w.group < w.cols && w.group % 16)) return false;
   if (w.stage == PT_LOOKUP) {
     if (w.bits != 4 || !w.lookup || !w.table) return false;
     for (int i = 0; i < 16; i++)
@@ -358,6 +358,7 @@ int32_t pt_linear(const pt_product *products, int32_t count) {
     const pt_product &p = products[i];
     if (p.tokens < 0) return PT_BAD_SHAPE;
     if (int32_t wrong = check_products(p.weights, p.count, *p.input)) return wrong;
+    if (p.ldx < p.weights[0]->cols) return PT_BAD_SHAPE;
     for (int j = 0; j < p.count; j++)
       if (p.ldy[j] < p.weights[j]->rows) return PT_BAD_SHAPE;
   }
@@ -372,7 +373,7 @@ int32_t pt_linear(const pt_product *products, int32_t count) {
 
 int32_t pt_quantize(const float *x, int64_t ldx, int64_t tokens, int32_t cols,
                     const pt_input *input, int8_t *codes, float *scales) {
-  if (cols < 1 || tokens < 0) return PT_BAD_SHAPE;
+  if (cols < 1 || tokens < 0 || ldx < cols) return PT_BAD_SHAPE;
   if (input->bits == 0 || input->bits == PT_DIGITS || !valid(*input, cols)) return PT_BAD_FORMAT;
   if (tokens == 0) return PT_OK;
   return guarded([&] {
@@ -388,9 +389,9 @@ int32_t pt_quantize(const float *x, int64_t ldx, int64_t tokens, int32_t cols,
 int32_t pt_rotate(float *x, int64_t tokens, int32_t cols) {
   if (cols < 1 || tokens < 0) return PT_BAD_SHAPE;
   if (tokens == 0) return PT_OK;
-  std::lock_guard<std::mutex> guard(engine_lock());
-  for_token_blocks(tokens, [&](int64_t first, int64_t last, int) {
-    for (int64_t t = first; t < last; t++) active_kernels().rotate(x + t * cols, x + t * cols, cols);
+  return guarded([&] {
+    for_token_blocks(tokens, [&](int64_t first, int64_t last, int) {
+      for (int64_t t = first; t < last; t++) active_kernels().rotate(x + t * cols, x + t * cols, cols);
+    });
   });
-  return PT_OK;
 }

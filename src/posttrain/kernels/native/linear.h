@@ -8,6 +8,7 @@
 #include <functional>
 #include <mutex>
 #include <new>
+#include <system_error>
 
 #include "layout.h"
 #include "posttrain.h"
@@ -44,7 +45,8 @@ void for_token_blocks(int64_t tokens, F f) {
   });
 }
 
-/* Runs a computation that needs workspace; says so where there is no memory for it. */
+/* Runs a computation that needs workspace and threads; says so where there is no memory for it, or where
+ * no more threads can be started. */
 template <class F>
 int32_t guarded(F compute) {
   std::lock_guard<std::mutex> guard(engine_lock());
@@ -53,6 +55,8 @@ int32_t guarded(F compute) {
     compute();
   } catch (const std::bad_alloc &) {
     return PT_NO_MEMORY;
+  } catch (const std::system_error &) {
+    return PT_NO_THREADS;
   }
   return PT_OK;
 }

@@ -1,4 +1,5 @@
 /* Packing into the layout of layout.h, and memory on large pages. */
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -156,6 +157,9 @@ class Regions {
     return open_->base + open_->used - bytes;
   }
 
+  void lock() { lock_.lock(); }
+  void unlock() { lock_.unlock(); }
+
   void release(const void *memory) {
     std::lock_guard<std::mutex> guard(lock_);
     for (auto region = regions_.begin(); region != regions_.end(); ++region) {
@@ -197,7 +201,10 @@ class Regions {
 };
 
 Regions &regions() {
-  static Regions *all = new Regions; /* never destroyed: weights may outlive main */
+  static Regions *all = [] { /* in the child of a fork nobody would give back what another thread holds */
+    pthread_atfork([] { regions().lock(); }, [] { regions().unlock(); }, [] { regions().unlock(); });
+    return new Regions; /* never destroyed: weights may outlive main */
+  }();
   return *all;
 }
 

@@ -49,7 +49,8 @@ enum pt_status {
   PT_OK = 0,
   PT_BAD_SHAPE = 1,
   PT_BAD_FORMAT = 2,
-  PT_NO_MEMORY = 3
+  PT_NO_MEMORY = 3,
+  PT_NO_THREADS = 4 /* as many as pt_threads() cannot be started */
 };
 
 typedef struct {
@@ -190,8 +191,8 @@ typedef struct {
 
 /* One pass over the next tokens of several sequences: `ids` holds those of the first, then of the
  * second, and so on. They are remembered; `length` is left to the caller. Of the tokens at places
- * `want` of `ids` it writes the logits [wanted, vocabulary] or, where `hidden` is not NULL, only
- * what enters the head [wanted, width]. */
+ * `want` of `ids`, at most as many as there are, it writes the logits [wanted, vocabulary] or, where
+ * `hidden` is not NULL, only what enters the head [wanted, width]. */
 PT_API int32_t pt_forward(const pt_model *model, const pt_sequence *sequences, int32_t count,
                           const int32_t *ids, const int32_t *want, int32_t wanted, float *hidden,
                           float *logits);
@@ -249,7 +250,8 @@ typedef struct {
   int64_t length;
 } pt_draw;
 
-/* Draws a token by `logits` [vocabulary], which a penalty changes. -1 where one is NaN. */
+/* Draws a token by `logits` [vocabulary], which a penalty changes. -1 where one is NaN; -1 - status where
+ * nothing could be drawn. */
 PT_API int32_t pt_sample(float *logits, int32_t vocabulary, const pt_draw *draw);
 
 /* pt_forward, and pt_sample after the last token of each sequence: `tokens` [count]. */
@@ -273,7 +275,7 @@ PT_API int32_t pt_threads(void);
 
 /* What this machine can do with the threads and the instruction set in use: bytes per second read
  * from `memory`, in one stream or two, whichever is faster, and integer operations (2 per product)
- * per second without any memory. */
+ * per second without any memory. 0 where the threads could not be started. */
 PT_API double pt_probe_bandwidth(const void *memory, int64_t bytes);
 PT_API double pt_probe_peak(double seconds);
 

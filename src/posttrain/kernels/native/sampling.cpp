@@ -92,7 +92,7 @@ int32_t likeliest(const float *logits, int32_t vocabulary) {
 int32_t sample(float *logits, int32_t vocabulary, const pt_draw &s) {
   if (s.repetition_penalty != 1) penalize(logits, vocabulary, s);
   const int32_t best = likeliest(logits, vocabulary);
-  if (best < 0 || s.temperature == 0) return best;
+  if (best < 0 || s.temperature == 0 || isinf(logits[best])) return best;
   /* In double, so that the reference in Python can do the same. */
   const double temperature = s.temperature, top = logits[best];
   auto weight = [&](float logit) { return exp((logit - top) / temperature); };
@@ -134,7 +134,8 @@ int32_t sample(float *logits, int32_t vocabulary, const pt_draw &s) {
 }
 
 int32_t pt_sample(float *logits, int32_t vocabulary, const pt_draw *draw) {
+  if (vocabulary < 1) return -1 - PT_BAD_SHAPE;
   int32_t token = -1;
-  guarded([&] { token = sample(logits, vocabulary, *draw); });
-  return token;
+  const int32_t status = guarded([&] { token = sample(logits, vocabulary, *draw); });
+  return status ? -1 - status : token;
 }

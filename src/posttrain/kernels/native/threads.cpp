@@ -82,15 +82,17 @@ class alignas(64) Run {
 
 class Pool {
  public:
+  /* Throws std::system_error where the system gives no more threads. */
   explicit Pool(int count) : runs_(count) {
-    for (int i = 1; i < count; i++) threads_.emplace_back([this, i] { work(i); });
+    try {
+      for (int i = 1; i < count; i++) threads_.emplace_back([this, i] { work(i); });
+    } catch (...) { /* there will be no ~Pool, and threads that run may not be dropped */
+      stop();
+      throw;
+    }
   }
 
-  ~Pool() {
-    stop_ = true;
-    announce();
-    for (auto &thread : threads_) thread.join();
-  }
+  ~Pool() { stop(); }
 
   int count() const { return (int)threads_.size() + 1; }
   void expect(int thread, const Expected &expected) { runs_[thread].expected = expected; }
@@ -123,6 +125,12 @@ class Pool {
     const void *closure; /* NULL: `copy` */
     uint8_t copy[kClosureBytes];
   };
+
+  void stop() {
+    stop_ = true;
+    announce();
+    for (auto &thread : threads_) thread.join();
+  }
 
   void announce() {
     job_.round.fetch_add(1, std::memory_order_seq_cst);
@@ -198,10 +206,6 @@ int wanted = 0; /* 0: one per processor */
 Pool *pool = nullptr;
 
 Pool &current_pool() {
-  /* Threads do not survive a fork: the child leaks its parent's pool and starts anew. To ask for the
-   * process each time instead would cost as much as small activations. */
-  static const int watched = pthread_atfork(nullptr, nullptr, [] { pool = nullptr; });
-  (void)watched;
   if (!pool) pool = new Pool(wanted ? wanted : processors());
   return *pool;
 }
@@ -209,7 +213,14 @@ Pool &current_pool() {
 }  // namespace
 
 std::mutex &engine_lock() {
-  static std::mutex *lock = new std::mutex; /* never destroyed: threads may outlive main */
+  /* A fork waits for what is being computed: in the child nobody would give the lock back. Threads do not
+   * survive it either: the child leaks its parent's pool and starts anew. To ask for the process each time
+   * instead would cost as much as small activations. */
+  static std::mutex *lock = [] {
+    pthread_atfork([] { engine_lock().lock(); }, [] { engine_lock().unlock(); },
+                   [] { pool = nullptr, engine_lock().unlock(); });
+    return new std::mutex; /* never destroyed: threads may outlive main */
+  }();
   return *lock;
 }
 
