@@ -21,10 +21,16 @@ import torch
 
 from posttrain import kernels
 from posttrain.bench.ctranslate2_peer import FACTS
+from posttrain.bench.gguf_peer import silence
+from posttrain.bench.peers import import_peer
 from posttrain.errors import UserError
 from posttrain.models.kv import describe_kv
 
 ROWS = 64  # logits are looked at in parts of so many positions
+EXPERTS = (
+    "a token meets only some of this model's experts, so how much of the machine's limits is used "
+    "is not known"
+)
 
 
 def token_ids(count: int, vocabulary: int) -> list[int]:
@@ -90,13 +96,14 @@ class Contender(ABC):
 
 
 class Posttrain(Contender):
-    """Our engine, as `generate` and `evaluate` use it."""
+    """Our engine, as `generate` uses it: with weights in the dtype of the checkpoint."""
 
     def load(self, source: str, threads: int, cache: str) -> None:
         from posttrain.lm import engine, load
 
         if kernels.available():
             kernels.set_threads(threads)
+        self.source = source
         self.model = load(source, dtype="auto")
         self.engine = engine(self.model, cache or None)
         self.vocabulary = self.model.config.get_text_config().vocab_size
@@ -115,25 +122,38 @@ class Posttrain(Contender):
             text += self.engine.step([(self.session, text[-1:])], [greedy], [text])
 
     def score(self, tokens: list[int]) -> None:
+        """As `evaluate` does. Of a 16-bit checkpoint that loads weights as float32 first, which here
+        would be a second copy of the model: those left in 16 bits are multiplied as they lie."""
         self.engine.window_losses(torch.tensor([tokens]), len(tokens), ROWS)
 
     def describe(self) -> dict[str, Any]:
         found, kept = self.model.posttrain, self.engine.keeps()
         decoder = getattr(self.engine, "decoder", None)
+        if decoder:
+            weights, per_token = decoder.nbytes, decoder.bytes_per_token
+        else:
+            weights, per_token = _torch_bytes(self.model, self.source)
+        mixed = _mixes_experts(self.model)
         return {
             "kernel": self.engine.name,
             "cache": str(kept),
             "kv_bytes_per_token": describe_kv(kept, self.model.config)["kv_bytes_per_token"],
             "bits_per_weight": found["bits_per_weight"],
             "stored_bytes": found["bytes"],
-            "weight_bytes": decoder.nbytes if decoder else found["bytes"],
-            "linear_weights": _linear_weights(self.model),
+            "weight_bytes": weights,
+            "bytes_per_token": None if mixed else per_token,
+            "linear_weights": None if mixed else _linear_weights(self.model),
+            "notes": [EXPERTS] if mixed else [],
         }
 
 
 class Transformers(Contender):
     """transformers' own forward in float32 with its cache, of the model as it was before it was
     quantized."""
+
+    def prepare(self, source: str) -> None:
+        import_peer("transformers")
+        super().prepare(source)
 
     def load(self, source: str, threads: int, cache: str) -> None:
         from posttrain.lm.engine import TorchEngine
@@ -175,14 +195,13 @@ class LlamaCpp(Contender):
     """llama.cpp through llama-cpp-python, on a GGUF file; its cache is its default, fp16."""
 
     def prepare(self, source: str) -> None:
-        import llama_cpp  # noqa: F401
+        import_peer("llama.cpp")
 
     def load(self, source: str, threads: int, cache: str) -> None:
         from llama_cpp import llama_cpp
 
         self.c: Any = llama_cpp
-        self._quiet = llama_cpp.llama_log_callback(lambda *_: None)
-        llama_cpp.llama_log_set(self._quiet, None)
+        silence()
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_default_params()
         self.model = llama_cpp.llama_model_load_from_file(source.encode(), model)
@@ -240,7 +259,7 @@ class CTranslate2(Contender):
     """CTranslate2 in INT8: weights per row, activations per token, float32 between products."""
 
     def prepare(self, source: str) -> None:
-        import ctranslate2  # noqa: F401
+        import_peer("ctranslate2")
 
     def load(self, source: str, threads: int, cache: str) -> None:
         import ctranslate2
@@ -314,3 +333,32 @@ def _linear_weights(model: Any) -> int:
 
     found = [quantizable(name, block) for name, block in decoder_blocks(model)]
     return sum(math.prod(target.shape) for targets in found for target in targets.values())
+
+
+def _mixes_experts(model: Any) -> bool:
+    """Whether there are weights that only some tokens meet."""
+    from posttrain.models.experts import records
+    from posttrain.models.walk import decoder_blocks, quantizable
+
+    for name, block in decoder_blocks(model):
+        targets = quantizable(name, block)
+        if any(target.kind == "experts" or ".experts." in full for full, target in targets.items()):
+            return True
+        if any(records(module) for module in block.modules()):
+            return True
+    return False
+
+
+def _torch_bytes(model: Any, source: str) -> tuple[int, int]:
+    """Bytes of the weights that PyTorch computes with, and of those that a token meets: all but an
+    embedding that is not the head too."""
+    from posttrain.models.source import open_source
+    from posttrain.models.walk import tied_head
+
+    weights = open_source(source)  # quantized ones stay packed; those of GGUF are expanded
+    total = sum(weights.nbytes(name) for name in weights.tensor_names())
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding) + ".weight"
+    if tied_head(model) is not None or name not in weights.tensor_names():
+        return total, total
+    return total, total - weights.nbytes(name)

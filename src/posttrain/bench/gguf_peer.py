@@ -1,25 +1,31 @@
 """A GGUF file of the same model for llama.cpp, in the type nearest to our width.
 
 A GGUF source is requantized by llama.cpp itself. A directory of the Llama family is first written
-as a 16-bit GGUF file without a vocabulary and without scalings of the rotary angles: enough to measure
-speed, not to read its answers.
+as a GGUF file of floats without a vocabulary and without scalings of the rotary angles: enough to
+measure speed, not to read its answers.
 """
 
 import ctypes
-import json
 import math
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from posttrain.bench.origin import open_plain, origin_of, report_of
 from posttrain.errors import UserError
 from posttrain.models.gguf import PROJECTIONS
 from posttrain.models.source import open_source
 
-# llama.cpp's type for a width of ours: the bits of a linear weight that it is compared at.
-TYPES = ((4.6, "Q4_0"), (5.6, "Q5_0"), (6.9, "Q6_K"), (9.0, "Q8_0"), (17.0, "BF16"))
+# llama.cpp's types -> the bits that they store a weight in, scales included.
+TYPES = {
+    "Q2_K": 2.625, "Q3_K_S": 3.4375, "Q4_0": 4.5, "Q5_0": 5.5, "Q6_K": 6.5625, "Q8_0": 8.5,
+    "BF16": 16.0, "F32": 32.0,
+}  # fmt: skip
+# What a model that is not quantized is computed in -> the type that stores the same.
+FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 WRITABLE = ("llama", "mistral")
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _GGUF = {ours: theirs for theirs, ours in PROJECTIONS.items()} | {
@@ -29,26 +35,16 @@ _GGUF = {ours: theirs for theirs, ours in PROJECTIONS.items()} | {
 
 
 def nearest_type(model: str) -> str:
-    """The GGUF type to compare a model with: that of the mean width of its blocks' weights."""
-    report = Path(model) / "posttrain.json"
-    if not report.is_file():
-        return "BF16"
-    layers = json.loads(report.read_text(encoding="utf-8"))["layers"]
+    """The GGUF type to compare a model with: the nearest to the mean width of its quantized blocks,
+    or to what they are computed in where none is quantized."""
+    layers = report_of(model).get("layers", [])
     inside = [layer for layer in layers if layer["name"] != "lm_head"]
     if not inside:
-        return "BF16"
+        return FLOATS.get(open_source(model).config.dtype, "F32")
     sizes = [math.prod(layer["shape"]) for layer in inside]
     stored = sum(n * layer["bits_per_weight"] for n, layer in zip(sizes, inside, strict=True))
     bits = stored / sum(sizes)
-    return next(name for most, name in TYPES if bits <= most)
-
-
-def origin_of(model: str) -> str:
-    """The model that `model` was quantized from, or itself."""
-    report = Path(model) / "posttrain.json"
-    if not report.is_file():
-        return model
-    return str(json.loads(report.read_text(encoding="utf-8"))["model"])
+    return min(TYPES, key=lambda name: abs(TYPES[name] - bits))
 
 
 def gguf_of(
@@ -59,8 +55,11 @@ def gguf_of(
     importance: for linears of its blocks, by name, the mean square of each input channel over some
     text, float32 [in]: what llama.cpp calls an importance matrix.
     """
-    source = open_source(origin_of(model))
-    plain = source.path if source.kind == "gguf" else _written(source, folder / "plain.gguf")
+    source = open_plain(origin_of(model), "llama.cpp")
+    plain = source.path
+    if source.kind != "gguf":
+        dtype = torch.float32 if kind == "F32" else torch.float16
+        plain = _written(source, folder / "plain.gguf", dtype)
     suffix = "" if importance is None else "-imatrix"
     return _requantized(plain, kind, folder / f"{kind}{suffix}.gguf", importance)
 
@@ -70,10 +69,9 @@ def _requantized(
 ) -> Path:
     from llama_cpp import llama_cpp as c
 
-    quiet = c.llama_log_callback(lambda *_: None)
-    c.llama_log_set(quiet, None)
+    silence()
     how = c.llama_model_quantize_default_params()
-    how.ftype = getattr(c, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    how.ftype = getattr(c, f"LLAMA_FTYPE_{'ALL' if kind == 'F32' else 'MOSTLY'}_{kind}")
     how.allow_requantize = True
     how.nthread = torch.get_num_threads()
     kept = {_gguf_name(name): value.contiguous() for name, value in (importance or {}).items()}
@@ -89,8 +87,18 @@ def _requantized(
     return out
 
 
-def _written(source: Any, out: Path) -> Path:
-    """A Llama checkpoint as GGUF in 16 bits."""
+@cache  # llama.cpp keeps a pointer to the callback: what is cached stays alive
+def silence() -> Any:
+    """Let llama.cpp write no messages in this process from now on."""
+    from llama_cpp import llama_cpp as c
+
+    callback = c.llama_log_callback(lambda *_: None)
+    c.llama_log_set(callback, None)
+    return callback
+
+
+def _written(source: Any, out: Path, dtype: torch.dtype) -> Path:
+    """A Llama checkpoint as GGUF, its matrices in `dtype`."""
     import gguf
 
     config = source.config
@@ -117,7 +125,7 @@ def _written(source: Any, out: Path) -> Path:
     for name in source.tensor_names():
         value = source.read([name])[name]
         stored, tensor = _stored(name, value, config)
-        array = tensor.to(torch.float32 if tensor.ndim == 1 else torch.float16).numpy()
+        array = tensor.to(torch.float32 if tensor.ndim == 1 else dtype).numpy()
         writer.add_tensor(stored, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

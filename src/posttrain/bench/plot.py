@@ -1,5 +1,6 @@
 """The result of a bench as one picture: speed of every contender, for prompts and for answers."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,21 @@ STYLE = (
     "@media(prefers-color-scheme:dark){text{fill:#ddd}.peer{fill:#64748b}.axis{stroke:#475569}}"
     "</style>"
 )
+
+
+def check_plot_path(path: str | Path) -> Path:
+    """The path, if a plot can be written there; asked before the work, not after it."""
+    path = Path(path).expanduser()
+    if path.suffix != ".svg":
+        raise UserError(f"plot {path}: the name must end in .svg, which is what is drawn")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"plot {path}: the folder does not exist")
+    if path.is_dir():
+        raise UserError(f"plot {path}: that is a folder; name a file")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UserError(f"plot {path}: it cannot be written there; choose another place")
+    return path
 
 
 def draw(result: dict[str, Any], path: Path) -> Path:

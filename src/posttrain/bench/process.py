@@ -1,8 +1,12 @@
 """The process of one contender, seen from outside (its inside is `worker`)."""
 
 import json
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from posttrain.errors import UserError
@@ -21,10 +25,11 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # Ctrl-C in the terminal is for us, who then close it
         )
         try:
             self.facts: dict[str, Any] = self.ask("facts")
-        except UserError:
+        except BaseException:
             self.close()
             raise
 
@@ -45,10 +50,30 @@ class Worker:
             raise UserError(f"{self.name} ended with status {status} while asked to {command!r}")
         found: dict[str, Any] = json.loads(answer)
         if "error" in found:
-            raise UserError(f"{self.name}: {found['error']}")
+            error = str(found["error"])
+            raise UserError(error if error.startswith(self.name) else f"{self.name}: {error}")
         return found
 
     def close(self) -> None:
         if self._process.poll() is None:
             self._process.terminate()
         self._process.wait()
+
+
+@contextmanager
+def ended_as_by_exit() -> Iterator[None]:
+    """Let SIGTERM end this process by way of every `finally` meanwhile, so that workers and
+    temporary folders go too. Only the main thread may choose; a handler of the caller's stays."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _exit(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)

@@ -5,10 +5,11 @@ once, one after another, each run between two probes of the memory's bandwidth; 
 over rounds, and ratios are taken round by round, because a machine's speed wanders.
 """
 
-import importlib.util
+import os
 import statistics
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,13 @@ import psutil
 
 from posttrain import kernels
 from posttrain.bench.ctranslate2_peer import ctranslate2_of
-from posttrain.bench.gguf_peer import gguf_of, nearest_type, origin_of
-from posttrain.bench.process import Worker
-from posttrain.errors import UserError, did_you_mean
+from posttrain.bench.gguf_peer import gguf_of, nearest_type
+from posttrain.bench.origin import origin_of
+from posttrain.bench.peers import check_peer
+from posttrain.bench.plot import check_plot_path, draw
+from posttrain.bench.process import Worker, ended_as_by_exit
+from posttrain.errors import UserError
 
-# name -> module it needs
-PEERS = {"llama.cpp": "llama_cpp", "transformers": "transformers", "ctranslate2": "ctranslate2"}
-INSTALL = {
-    "llama.cpp": "pip install llama-cpp-python",
-    "transformers": "pip install transformers",
-    "ctranslate2": "pip install ctranslate2",
-}
 PROBE_BYTES = 2**30  # far more than caches hold
 FIRST_TOKEN = 16  # tokens of the short prompt whose first answer token is timed
 
@@ -62,52 +59,64 @@ def bench(
     Args:
         model: a directory, hub id, GGUF file or "demo".
         against: peers in the same run: "llama.cpp" (of the model this one was quantized from, in
-            the GGUF type of the same width), "transformers" (float32), "ctranslate2" (INT8, of the
+            the GGUF type nearest to its width), "transformers" (float32), "ctranslate2" (INT8, of the
             model this one was quantized from).
-        threads: how many, or several counts; None: one, and one per processor.
+        threads: how many, or several counts, at most the machine's processors; None: one, and one
+            per processor.
         prefill, decode: tokens of a prompt, and of an answer.
         depth: tokens that stand before an answer; their time is not counted.
         rounds: how often everything is repeated.
         cache: what our keys and values are kept in, see `evaluate`'s kv; None: what the model says,
             else int16 where its activations are integers, fp16 elsewhere (scoring: fp32).
-        plot: where to draw the result, as SVG.
+        plot: where to draw the result, as SVG; the name ends in .svg.
 
     Returns:
-        For the largest number of threads: `model`, `kernel`, `threads`, `prefill_tps`,
-        `decode_tps`, `score_tps` (tokens per second), `first_token_seconds` (of a prompt of 16),
-        `bandwidth_share` (of what the memory gives, by decoding: weights, and the keys and values of
-        `depth` tokens), `peak_share` (of the integer peak, by prefilling), `rss_bytes`,
-        `rss_above_imports_bytes`, `weight_bytes`, `bits_per_weight`, `kv_bytes_per_token`, `probe`
-        (bytes and operations per second), `peers`: a list of the same for each, with `name`,
-        `prefill_ratio`, `decode_ratio`, `score_ratio` (ours over theirs) and `..._ratio_spread`
-        (lowest and highest of the rounds). `by_threads`: this for every count.
+        Tokens per second and shares of the machine's limits, of ours and of every peer: see
+        docs/json.md. `score_tps` is of the weights as they were loaded to generate, in the
+        checkpoint's own dtype; `evaluate` loads those of a 16-bit checkpoint as float32 unless told
+        otherwise, so its speed differs by those that are not quantized.
 
     Raises:
-        UserError: a peer that is unknown or not installed, a model that cannot be loaded.
+        UserError: a peer that is unknown, not installed or broken; a model that cannot be loaded,
+            or whose origin is not found; more threads than processors; a plot that cannot be written.
     """
     _check(against, rounds, prefill, decode, depth)
-    counts = _thread_counts(threads)
-    with tempfile.TemporaryDirectory(prefix="posttrain-bench-") as folder:
-        sources = {"posttrain": str(model)}
-        for name in against:
-            sources[name] = origin_of(str(model))
-            if name == "llama.cpp":
-                kind = nearest_type(str(model))
-                sources[name] = str(gguf_of(str(model), kind, Path(folder)))
-            elif name == "ctranslate2":
-                sources[name] = str(ctranslate2_of(str(model), Path(folder)))
-        found = []
-        for count in counts:
-            plan = _Round(count, prefill, decode, depth, rounds, cache)
-            found.append(plan.measure(sources, progress))
-            if "llama.cpp" in against:
-                _entry(found[-1], "llama.cpp")["type"] = kind
+    picture = None if plot is None else check_plot_path(plot)
+    with (
+        ended_as_by_exit(),
+        _threads_restored(),
+        tempfile.TemporaryDirectory(prefix="posttrain-bench-") as folder,
+    ):
+        counts = _thread_counts(threads)
+        sources = _sources(str(model), against, Path(folder))
+        plans = [_Round(count, prefill, decode, depth, rounds, cache) for count in counts]
+        found = [plan.measure(sources, progress) for plan in plans]
+    for peer in (peer for entry in found for peer in entry["peers"]):
+        if peer["name"] == "llama.cpp":
+            peer["type"] = Path(sources["llama.cpp"]).stem  # what `gguf_of` names the file after
     result = {"model": str(model), **found[-1], "by_threads": found}
-    if plot is not None:
-        from posttrain.bench.plot import draw
+    return result if picture is None else _drawn(result, picture)
 
-        result["plot"] = str(draw(result, Path(plot)))
-    return result
+
+def _sources(model: str, against: Iterable[str], folder: Path) -> dict[str, str]:
+    """What each contender loads; files made for peers are in `folder`."""
+    sources = {"posttrain": model}
+    for name in against:
+        if name == "llama.cpp":
+            sources[name] = str(gguf_of(model, nearest_type(model), folder))
+        elif name == "ctranslate2":
+            sources[name] = str(ctranslate2_of(model, folder))
+        else:
+            sources[name] = origin_of(model)
+    return sources
+
+
+def _drawn(result: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The result with its plot; where that fails after all, it says so: the figures took long."""
+    try:
+        return result | {"plot": str(draw(result, path))}
+    except UserError as error:
+        return result | {"notes": [*result["notes"], str(error)]}
 
 
 @dataclass(frozen=True)
@@ -125,9 +134,10 @@ class _Round:
         workers: list[Worker] = []
         probe = Probe(self.threads)
         longest = max(self.prefill, self.depth + 1 + self.decode, FIRST_TOKEN)
-        try:
+        with ExitStack() as stack:
             for name, source in sources.items():
                 workers.append(Worker(name, source, self.threads, self.cache or "", longest))
+                stack.callback(workers[-1].close)
             runs = {worker.name: Runs() for worker in workers}
             bar = tqdm(
                 total=(self.rounds + 1) * len(workers),
@@ -140,9 +150,6 @@ class _Round:
                         self._run(worker, Runs() if number == 0 else runs[worker.name], probe)
                         bar.update()
             facts = {worker.name: worker.ask("facts") for worker in workers}
-        finally:
-            for worker in workers:
-                worker.close()
         return self._result(runs, facts, probe)
 
     def _run(self, worker: Worker, runs: Runs, probe: "Probe") -> None:
@@ -162,16 +169,13 @@ class _Round:
     ) -> dict[str, Any]:
         ours = runs.pop("posttrain")
         found = {"threads": self.threads, **_figures(ours), **facts.pop("posttrain")}
-        bytes_read = found["weight_bytes"] + self.depth * (found["kv_bytes_per_token"] or 0)
-        share = [
-            bytes_read / seconds / bandwidth
-            for seconds, bandwidth in zip(
-                ours.seconds["decode"], ours.bandwidth["decode"], strict=True
-            )
-        ]
         operations = probe.operations()
-        found["bandwidth_share"] = statistics.median(share)
-        found["peak_share"] = 2 * found["linear_weights"] * found["prefill_tps"] / operations
+        found["bandwidth_share"] = found["peak_share"] = None
+        if found["bytes_per_token"] is not None:
+            kept = self.depth * (found["kv_bytes_per_token"] or 0)
+            found["bandwidth_share"] = _share(found["bytes_per_token"] + kept, ours)
+        if found["linear_weights"] is not None:
+            found["peak_share"] = 2 * found["linear_weights"] * found["prefill_tps"] / operations
         found["probe"] = {
             "bytes_per_second": statistics.median(ours.bandwidth["decode"]),
             "operations_per_second": operations,
@@ -183,6 +187,12 @@ class _Round:
             for name, theirs in runs.items()
         ]
         return found
+
+
+def _share(bytes_read: float, runs: Runs) -> float:
+    """Of the bandwidth around each answer, what reading so much for each token took."""
+    pairs = zip(runs.seconds["decode"], runs.bandwidth["decode"], strict=True)
+    return statistics.median(bytes_read / seconds / bandwidth for seconds, bandwidth in pairs)
 
 
 def _figures(runs: Runs) -> dict[str, float]:
@@ -229,20 +239,12 @@ class Probe:
         return max(float(self._library.pt_probe_peak(0.2)) for _ in range(3))
 
 
-def _entry(found: dict[str, Any], name: str) -> dict[str, Any]:
-    entry: dict[str, Any] = next(peer for peer in found["peers"] if peer["name"] == name)
-    return entry
-
-
 def _check(against: Iterable[str], rounds: int, prefill: int, decode: int, depth: int) -> None:
     if not kernels.available():
         found = kernels.find()
         raise UserError(f"bench measures the native kernels: {found.reason}; fix: {found.fix}")
     for name in against:
-        if name not in PEERS:
-            raise UserError(f"unknown peer {name!r}{did_you_mean(name, PEERS)}")
-        if importlib.util.find_spec(PEERS[name]) is None:
-            raise UserError(f"{name} is not installed here: {INSTALL[name]}")
+        check_peer(name)
     for what, value in (("rounds", rounds), ("prefill", prefill), ("decode", decode)):
         if value < 1:
             raise UserError(f"{what} must be at least 1, not {value}")
@@ -257,4 +259,19 @@ def _thread_counts(threads: int | Sequence[int] | None) -> list[int]:
     counts = [threads] if isinstance(threads, int) else sorted(set(threads))
     if not counts or min(counts) < 1:
         raise UserError(f"threads must be at least 1, not {threads}")
+    processors = os.cpu_count() or max(counts)
+    if max(counts) > processors:
+        raise UserError(
+            f"threads={max(counts)}: this machine has {processors} processors; give at most as many"
+        )
     return counts
+
+
+@contextmanager
+def _threads_restored() -> Iterator[None]:
+    """Leave the kernels with as many threads as they had: they are the whole process's."""
+    before = kernels.threads()
+    try:
+        yield
+    finally:
+        kernels.set_threads(before)

@@ -14,7 +14,7 @@ import argparse
 from typing import Any
 
 from posttrain.cli.arguments import Parser, add_progress_option, count, options, whole, words
-from posttrain.cli.output import bytes_text, facts, number, table
+from posttrain.cli.output import bytes_text, facts, notes, number, table
 
 CACHES = ("fp32", "fp16", "bf16", "int16", "int8", "fp8", "int4")
 
@@ -51,7 +51,7 @@ def arguments(parser: Parser) -> None:
         help="what keys and values are kept in (default: what the model says, else "
         "int16 where activations are rounded to integers, fp16 elsewhere)",
     )
-    add("--plot", metavar="FILE", help="draw the result, as SVG")
+    add("--plot", metavar="FILE", help="draw the result, as SVG (a name in .svg)")
     add_progress_option(parser)
 
 
@@ -75,8 +75,8 @@ def show(result: dict[str, Any]) -> str:
             f"{bytes_text(result['weight_bytes'])} in memory, {stored} bits per weight stored",
         ),
         ("process", f"{bytes_text(result['rss_bytes'])}, {own} of it for the model"),
-        ("memory", f"{read} per second at most; answers use {_percent(result['bandwidth_share'])}"),
-        ("integer peak", f"{peak} GOPS; prompts use {_percent(result['peak_share'])}"),
+        ("memory", f"{read} per second at most{_use('answers', result['bandwidth_share'])}"),
+        ("integer peak", f"{peak} GOPS{_use('prompts', result['peak_share'])}"),
     ]
     if result["depth"]:
         lines.append(("answers", f"{result['decode']} tokens, after {result['depth']}"))
@@ -91,11 +91,11 @@ def show(result: dict[str, Any]) -> str:
         parts.append("the last two columns: how many times as fast posttrain is (median of rounds)")
     if "plot" in result:
         parts.append(f"plot: {result['plot']}")
-    return "\n".join(parts)
+    return "\n".join([*parts, *notes(result)])
 
 
-def _percent(share: float) -> str:
-    return f"{number(100 * share, 0)}%"
+def _use(who: str, share: float | None) -> str:
+    return "" if share is None else f"; {who} use {number(100 * share, 0)}%"
 
 
 def _name(peer: dict[str, Any]) -> str:
