@@ -5,7 +5,8 @@
 Writes results/startup.json: medians of interleaved fresh processes, warm file cache. The peers are
 whatever of them is installed. `chat` is timed from the start of the process to the first byte of
 its answer, with the demo quantized by three recipes (to nearest: the solver changes no time); so is
-transformers' own generate, with the demo as it is.
+transformers' own generate, with the demo as it is. Then one process: a long question, a short one after
+it, and the same short one where nothing of the conversation is held.
 """
 
 import importlib.util
@@ -18,6 +19,9 @@ from bench_recipes import WORK
 from common import run_json, write_result
 
 import posttrain
+from posttrain.data import load_text
+from posttrain.lm.chat import Conversation
+from posttrain.lm.local import prompt_ids
 
 ROUNDS = 15
 COMMANDS = {
@@ -69,7 +73,43 @@ def main() -> None:
         }
         for name, times in seconds.items()
     ]
-    write_result("startup", {"rounds": ROUNDS, "rows": rows})
+    write_result("startup", {"rounds": ROUNDS, "rows": rows, "conversation": conversation()})
+
+
+def conversation() -> list[dict[str, float | str | int]]:
+    """Seconds to the first token of answers, the document of the first question being 6,000 characters."""
+    talk = Conversation(WORK / f"startup-{RECIPES[0]}")
+    anew = Conversation(WORK / f"startup-{RECIPES[0]}")
+    document = "".join(load_text().render(talk.model.tokenizer, False))[:6000]
+    names = ("a long question", "a short one after it", "the short one, nothing held")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(ROUNDS + 1):
+        talk.reset()
+        seconds[names[0]].append(first_token(talk, f"{document}\n\nWhat is this about?"))
+        history = list(talk.messages)
+        seconds[names[1]].append(first_token(talk, PROMPT))
+        anew.reset()
+        anew.messages = history
+        seconds[names[2]].append(first_token(anew, PROMPT))
+    ids = [prompt_ids(talk.model.tokenizer, talk.messages[:end]) for end in (1, 3)]
+    tokens = dict(zip(names, (len(ids[0]), len(ids[1]), len(ids[1])), strict=True))
+    return [
+        {
+            "what": name,
+            "tokens": tokens[name],
+            "median_seconds": statistics.median(times[1:]),
+            "fastest": min(times[1:]),
+            "slowest": max(times[1:]),
+        }
+        for name, times in seconds.items()
+    ]
+
+
+def first_token(talk: Conversation, question: str) -> float:
+    times: list[float] = []
+    started = time.perf_counter()
+    talk.say(question, max_new_tokens=8, stream=lambda _: times.append(time.perf_counter()))
+    return times[0] - started
 
 
 def first_tokens() -> dict[str, list[str]]:
