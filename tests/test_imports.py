@@ -13,6 +13,7 @@ PACKAGE = Path(posttrain.__file__).parent
 # From the ground up. A room may import itself and the rooms before it.
 ORDER = [
     "errors",
+    "quick",
     "numbers",
     "kernels",
     "models",

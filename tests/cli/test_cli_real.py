@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import posttrain as posttrain_module
 from posttrain.cli import main
 
 RECIPE = """\
@@ -122,6 +123,40 @@ def test_a_conversation_carries_its_history(quantized, monkeypatch, capsys):
         [start, ("user", "one"), ("assistant", "r1"), ("user", "two")],
         [start, ("user", "three")],
     ]
+
+
+QUICKLY = """
+import sys
+from posttrain.cli.chat import _import
+_import()
+path, kv = sys.argv[1], sys.argv[2] or None
+from posttrain.lm.chat import Conversation
+talk = Conversation(path, kv=kv)
+answer = talk.say("hello", max_new_tokens=9)
+part = sys.modules["torch._meta_registrations"]
+print(type(talk.model).__name__, part.__spec__ is not None, answer.encode().hex())
+"""
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-portable", "w4a16", "nf4"])
+@pytest.mark.parametrize("kv", ["", "int8 | fp32/g4"])
+def test_a_quick_start_says_the_same(tiny_model, tmp_path_factory, recipe, kv):
+    """A part of torch is left out only where the files are read without transformers."""
+    out = tmp_path_factory.getbasetemp() / f"quick-{recipe}"
+    if not out.exists():
+        how = ("--solver", "rtn", "--transform", "none")
+        ended = posttrain("quantize", tiny_model, "--recipe", recipe, "-o", out, *how)
+        assert ended.returncode == 0, ended.stderr
+    ran = subprocess.run(
+        [sys.executable, "-c", QUICKLY, out, kv], capture_output=True, text=True, check=True
+    )
+    direct, whole, answer = ran.stdout.split(" ")
+    assert (direct == "DirectModel") == (whole == "False")
+    assert whole == "True" or not kv
+    from posttrain.lm.chat import Conversation
+
+    said = Conversation(posttrain_module.load(out), kv=kv or None).say("hello", max_new_tokens=9)
+    assert bytes.fromhex(answer.strip()).decode() == said
 
 
 @pytest.mark.parametrize("words", [(), ("--top-k", "5")])

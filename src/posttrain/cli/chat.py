@@ -96,10 +96,13 @@ def call(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _import() -> None:
-    """Import what is needed without a search for garbage among objects that all stay: it would take
+    """Import what is needed, without a search for garbage among objects that all stay: it would take
     a tenth of the time until the first token."""
     gc.disable()
     try:
+        from posttrain.quick import import_quick_torch
+
+        import_quick_torch()
         import posttrain.lm.chat  # noqa: F401
     finally:
         gc.enable()

@@ -14,6 +14,7 @@ from posttrain.models.decoding import no_cache
 from posttrain.models.direct import open_direct
 from posttrain.models.kv import describe_kv, parse_kv, stored_kv
 from posttrain.numbers import Spec
+from posttrain.quick import complete_torch
 
 Stream = Callable[[str], Any]
 
@@ -79,6 +80,7 @@ def _open(model: Any, kv: Spec | None) -> Any:
     direct = open_direct(model)
     if direct is not None and no_cache(kv or stored_kv(direct.config)) is None:
         return direct
+    complete_torch()
     import psutil
 
     from posttrain.models.load import load, set_resident
