@@ -1,6 +1,7 @@
 """load: every kind of source, one copy in memory, one clear error for every broken checkpoint."""
 
 import importlib.util
+import itertools
 import json
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from torch import nn
 
 import posttrain
 from posttrain.errors import UserError
-from posttrain.models import compressed_tensors
+from posttrain.models import compressed_reader, compressed_tensors
 from posttrain.models.checkpoint import write_json
 from posttrain.models.linear import QuantLinear
 from posttrain.models.load import load, model_size
@@ -205,7 +206,41 @@ def test_what_our_layers_cannot_compute_is_handed_to_transformers(tmp_path, base
     assert model.posttrain["implementation"] == "transformers"
     assert model.posttrain["parameters"] == load(base).posttrain["parameters"]
     assert not any(isinstance(module, QuantLinear) for module in model.modules())
-    assert logits(model).isfinite().all()
+    assert logits(model).isfinite().all() and not model.posttrain["notes"]
+    for file in (tmp_path / "q").glob("*.safetensors"):
+        tensors = load_file(file)
+        tensors.pop("model.layers.0.mlp.up_proj.input_scale", None)
+        save_file(tensors, file, metadata={"format": "pt"})
+    (note,) = load(tmp_path / "q").posttrain["notes"]
+    assert "1 tensors are not in the checkpoint" in note and "0.mlp.up_proj.input_scale" in note
+
+
+TARGETS = [
+    ("re:.*mlp.*", "Linear"),
+    ("re:.*down_proj.*",),
+    ("Linear", "model.layers.0.mlp.up_proj"),
+]
+
+
+@pytest.mark.parametrize("targets", list(itertools.permutations(TARGETS)))
+def test_of_several_groups_the_one_counts_that_counts_in_compressed_tensors(targets):
+    match = pytest.importorskip("compressed_tensors.utils.match").match_targets
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+    groups = {
+        f"group_{i}": {"targets": list(group), "weights": weights}
+        for i, group in enumerate(targets)
+    }
+    how = {"config_groups": groups, "format": "pack-quantized", "quantization_status": "compressed"}
+    reader = compressed_reader.Reader(how, "here")
+    last = {target: i for i, group in enumerate(targets) for target in group}
+    linear = torch.nn.Linear(4, 4)
+    for name in (
+        "model.layers.0.mlp.up_proj",
+        "model.layers.1.mlp.down_proj",
+        "model.layers.0.q_proj",
+    ):
+        theirs = last[match(name, linear, last)[0]]
+        assert reader.group_of(name, linear) is reader.groups[theirs]
 
 
 def test_experts_stored_one_by_one_are_handed_to_transformers(tmp_path):

@@ -14,8 +14,10 @@ import torch
 from models_tiny import save_tiny
 from safetensors.torch import load_file, save_file
 
+import posttrain
 from posttrain.errors import UserError
 from posttrain.models import hub
+from posttrain.models.direct import open_direct
 from posttrain.models.source import open_source, require_unquantized
 
 
@@ -186,6 +188,21 @@ def test_stale_rotary_buffers_are_tolerated(single):
 def test_a_wrong_path_names_the_nearest(tiny):
     message = refusal(str(tiny)[:-1])
     assert "no such file or directory" in message and f"did you mean {tiny}?" in message
+
+
+def test_a_home_that_nobody_has():
+    assert "~nobody-at-all/model: no such file" in refusal("~nobody-at-all/model")
+
+
+def test_a_built_in_name_is_never_a_folder(tiny, tmp_path, monkeypatch):
+    """Every verb reads the same model by it, and nothing is written where it would not be found."""
+    shutil.copytree(tiny, tmp_path / "pico")
+    monkeypatch.chdir(tmp_path)
+    assert open_source("pico").path != tmp_path / "pico" and open_direct("pico") is None
+    assert open_source("./pico").path.resolve() == tmp_path / "pico"
+    for name in ("demo", "pico"):
+        with pytest.raises(UserError, match=f"'{name}' is the name of a built-in model"):
+            posttrain.quantize(str(tiny), out=name)
 
 
 def test_a_path_whose_parent_is_missing(tmp_path):
@@ -368,6 +385,14 @@ def test_missing_expert(tmp_path):
     assert "needs 4 experts, the checkpoint has 3" in refusal(tmp_path)
 
 
+def test_experts_of_different_dtypes(tmp_path):
+    """Each would be read with the bits of the first."""
+    save_tiny("mixtral", tmp_path)
+    name = next(n for n in load_file(tmp_path / "model.safetensors") if ".experts.2." in n)
+    rewrite(tmp_path, lambda w: w.update({name: w[name].bfloat16()}))
+    assert "are stored as torch.bfloat16, torch.float32; save all as one" in refusal(tmp_path)
+
+
 def test_quantized_checkpoint_opens_but_can_be_refused(single):
     require_unquantized(open_source(single))
     edit_config(
@@ -449,8 +474,13 @@ def test_fingerprint_changes_when_and_only_when_the_model_does(tiny, tmp_path):
     assert open_source(moved).fingerprint() == before
     (moved / "README.md").write_text("words")
     assert open_source(moved).fingerprint() == before
+    file = next(moved.glob("*.safetensors"))
+    tensors = {name: tensor + 1 for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})  # as large as before
+    trained = open_source(moved).fingerprint()
+    assert trained != before
     edit_config(moved, rms_norm_eps=0.5)
-    assert open_source(moved).fingerprint() != before
+    assert open_source(moved).fingerprint() not in (before, trained)
     save_tiny("llama", tmp_path / "single")
     assert open_source(tmp_path / "single").fingerprint() != before
 
@@ -572,6 +602,7 @@ class FakeHub(BaseHTTPRequestHandler):
 
 OPEN_HUB = """
 import sys
+import posttrain
 from posttrain.errors import UserError
 from posttrain.models.source import open_source
 for name in sys.argv[1:]:

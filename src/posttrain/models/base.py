@@ -13,6 +13,9 @@ import torch
 from posttrain.errors import UserError
 from posttrain.models.shards import OpenFiles
 
+# Models that come with the package or a package it needs, by the name that stands for them.
+DEMO = "demo"
+PICO = "pico"  # benchmarks/train_pico.py made it
 # What a model can compute in.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -96,9 +99,16 @@ class Source:
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """sha256 over the config, tensor headers and file sizes: changes when the model does."""
+        """sha256 over the config, tensor headers, sizes and times of the files: changes when the
+        model does."""
         text = json.dumps(self._identity, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_states(files: Iterable[Path]) -> dict[str, list[int]]:
+    """What changes when a file is written again: name -> size, and time in nanoseconds."""
+    states = {file.name: file.stat() for file in set(files)}
+    return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
 
 
 def one_line(error: Exception) -> str:

@@ -56,18 +56,19 @@ class Reader:
             raise NotExpressible(f"{lone} belongs to a single expert")
 
     def group_of(self, name: str, module: nn.Module) -> Group | None:
-        """The group that quantizes this module: exact names before patterns before classes."""
+        """The group that quantizes this module: exact names before patterns before classes, each in
+        alphabetical order; of groups with the same target the last. So compressed-tensors has it."""
         if any(_matches(name, module, target) for target in self.ignore):
             return None
         ranked = sorted(
-            (_rank(target), i)
+            (_rank(target, name), target, -i)
             for i, group in enumerate(self.groups)
             for target in group.targets
             if _matches(name, module, target)
         )
         if ranked and not only_multiplies(module):
             raise NotExpressible(f"{name} is a {type(module).__name__}")
-        return self.groups[ranked[0][1]] if ranked else None
+        return self.groups[-ranked[0][2]] if ranked else None
 
 
 @dataclass(frozen=True)
@@ -235,13 +236,16 @@ def _input_spec(args: object) -> Spec | None:
     return spec(f"{grid} | fp32/{_partition_name(args)}")
 
 
-def _rank(target: str) -> int:
-    return 1 if target.startswith("re:") else 2 if target == "Linear" else 0
+def _rank(target: str, name: str) -> int:
+    return 0 if target == name else 1 if target.startswith("re:") else 2
 
 
 def _matches(name: str, module: nn.Module, target: str) -> bool:
     if target.startswith("re:"):
-        return re.match(target[3:], name) is not None
+        try:
+            return re.match(target[3:], name) is not None
+        except re.error as error:
+            raise UserError(f"quantization_config: {target!r} is no pattern: {error}") from error
     return target == name or target in (kind.__name__ for kind in type(module).__mro__)
 
 

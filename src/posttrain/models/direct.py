@@ -7,6 +7,7 @@ here and every tensor has its place. For anything else, and for anything that is
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import pi
@@ -22,7 +23,7 @@ from posttrain.errors import UserError
 from posttrain.kernels import Decoder, InputFormat, PackedLinear
 from posttrain.kernels.packed import PackedWeight
 from posttrain.models import compressed_reader, compressed_tensors, native, storage
-from posttrain.models.base import DTYPES
+from posttrain.models.base import DEMO, DTYPES, PICO
 from posttrain.models.decoding import (
     ACTIVATIONS,
     FIELDS,
@@ -79,8 +80,10 @@ class DirectModel:
 
 def open_direct(model: str | Path) -> DirectModel | None:
     """The model in a directory, if all there is to it is known here; else None."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if not kernels.available() or not path.is_dir() or (path / MARKER).exists():
+        return None
+    if str(model) in (DEMO, PICO):  # whatever lies here under that name
         return None
     try:
         return _open(path)

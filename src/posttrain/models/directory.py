@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from posttrain.errors import UserError
-from posttrain.models.base import Entry, Source, copy_file, one_line
+from posttrain.models.base import Entry, Source, copy_file, file_states, one_line
 from posttrain.models.layout import module_entries
 from posttrain.models.shards import StoredTensor, read_header
 from posttrain.models.walk import skeleton
@@ -37,7 +37,11 @@ class DirectorySource(Source):
         if getattr(self.config, "dtype", None) is None:
             self.config.dtype = self.storage_dtype
         self._entries = self._find_entries(stored)
-        self._identity = {"config": raw, "tensors": _headers(stored), "files": _sizes(stored)}
+        self._identity = {
+            "config": raw,
+            "tensors": _headers(stored),
+            "files": file_states(s.file for s in stored.values()),
+        }
 
     def _find_entries(self, stored: dict[str, StoredTensor]) -> dict[str, Entry]:
         if self.quantization_config is not None:
@@ -73,10 +77,6 @@ def _main_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
 
 def _headers(stored: dict[str, StoredTensor]) -> list[list[Any]]:
     return [[n, list(s.shape), str(s.dtype), s.nbytes, s.start] for n, s in sorted(stored.items())]
-
-
-def _sizes(stored: dict[str, StoredTensor]) -> dict[str, int]:
-    return {file.name: file.stat().st_size for file in {s.file for s in stored.values()}}
 
 
 def read_tokenizer(path: Path) -> Any:

@@ -199,6 +199,11 @@ def _check_experts(target: str, columns: list[list[StoredTensor]], shape: tuple[
             )
         if {tensor.shape for tensor in column} != {(column[0].shape[0], cols)}:
             raise UserError(f"{file}: the experts of {target} differ in shape")
+    dtypes = sorted({str(tensor.dtype) for column in columns for tensor in column})
+    if len(dtypes) > 1:
+        raise UserError(
+            f"{file}: the experts of {target} are stored as {', '.join(dtypes)}; save all as one of them"
+        )
     if sum(column[0].shape[0] for column in columns) != rows:
         raise UserError(f"{file}: the experts of {target} do not make up {list(shape)}")
 

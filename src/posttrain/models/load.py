@@ -8,6 +8,7 @@ its place and every parameter its tensor.
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from posttrain import kernels
 from posttrain.errors import UserError, did_you_mean
 from posttrain.models import compressed_reader, compressed_tensors, experts, native
-from posttrain.models.base import DTYPES, Source
+from posttrain.models.base import DTYPES, Source, one_line
 from posttrain.models.branches import Columns, LowRank
 from posttrain.models.checkpoint import check_finished
 from posttrain.models.linear import (
@@ -48,7 +49,7 @@ def load(model: str | Path, *, dtype: str | torch.dtype = "auto", resident: str 
     UserError for anything wrong with the files.
     """
     check_resident(resident)
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.is_dir():
         check_finished(path)
     source = open_source(model)
@@ -56,7 +57,8 @@ def load(model: str | Path, *, dtype: str | torch.dtype = "auto", resident: str 
     set_resident(loaded, resident)
     how["implementation"] = how["implementation"] or implementation(loaded)
     info: dict[str, Any] = {"source": source.name, **how, "dtype": _name(loaded.config.dtype)}
-    info |= {"expanded_from": source.expanded_from, "notes": source.notes}
+    info["notes"] = [*source.notes, *how.get("notes", ())]
+    info["expanded_from"] = source.expanded_from
     loaded.posttrain = info | stored_size(source, loaded)
     loaded.tokenizer = _tokenizer(source)
     return loaded.eval()
@@ -304,13 +306,21 @@ def _load_foreign(source: Source, method: str, dtype: torch.dtype) -> tuple[Any,
             + did_you_mean(method, known)
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=dtype, trust_remote_code=False
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source.path, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
-    except (ImportError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # the libraries of other tools raise whatever their authors chose
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{source.path}: transformers cannot load {method}: {reason}") from error
-    return model, {"format": method, "implementation": "transformers"}
+    unset = sorted(set(found["missing_keys"]) | {name for name, *_ in found["mismatched_keys"]})
+    notes: list[str] = []
+    if unset:  # transformers says so in a log
+        more = ", ..." if len(unset) > 3 else ""
+        notes.append(
+            f"{len(unset)} tensors are not in the checkpoint, or not of their shape, and hold what "
+            f"transformers began with: {', '.join(unset[:3])}{more}"
+        )
+    return model, {"format": method, "implementation": "transformers", "notes": notes}
 
 
 # ------------------------------------------------------------------------------ pieces

@@ -1,18 +1,16 @@
 """Find a model by what the user typed: a directory, a hub id, a GGUF file, "demo" or "pico"."""
 
 import difflib
+import os
 from pathlib import Path
 
 from posttrain.errors import UserError
-from posttrain.models.base import Entry, Source
+from posttrain.models.base import DEMO, PICO, Entry, Source
 from posttrain.models.directory import DirectorySource
 from posttrain.models.gguf import GgufSource, demo_path
 from posttrain.models.hub import fetch, looks_like_hub_id
 
-__all__ = ["Entry", "Source", "open_source", "require_unquantized"]
-
-DEMO = "demo"
-PICO = "pico"  # benchmarks/train_pico.py made it
+__all__ = ["DEMO", "PICO", "Entry", "Source", "open_source", "require_unquantized"]
 
 
 def open_source(model: str | Path) -> Source:
@@ -28,7 +26,7 @@ def open_source(model: str | Path) -> Source:
         return GgufSource(demo_path(), name=DEMO)
     if text == PICO:
         return DirectorySource(Path(__file__).parent / PICO, name=PICO)
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # a user that does not exist is left as it is
     if path.is_dir():
         return DirectorySource(path, name=text)
     if path.is_file():
