@@ -24,6 +24,7 @@ def make(
     rate: float | None = None,
     mode: Literal["fast", "slow"] = "fast",
     flag: bool = False,
+    seed: int = 0,
     progress: bool = True,
     resume: bool = True,
     overwrite: bool = False,
@@ -276,6 +277,17 @@ WRONG = [
     ("stages:\n  - measure: {models: [m], text: 3}\n", "text must be text, found 3"),
     ("stages:\n  - make: {model: m, overwrite: true}\n", "make has no option 'overwrite'"),
     ("stages:\n  - make: {model: m, resume: false}\n", "make has no option 'resume'"),
+    ("stages:\n  - make: {model: m,\n     seed: -1}\n", "x.yaml:3: make: seed must be at least 0"),
+    ("stages:\n  - make: {model: {{out}}}\n", 'x.yaml:2: found braces .* quotes, such as "{out}"'),
+    ("name: a\non: x\nstages: [tell]\n", "x.yaml:2: no option is called 'on', .* of type bool"),
+    ("stages:\n  - make: {1: x}\n", "x.yaml:2: no option is called '1', .* of type int"),
+    ("name: a\nout: \x07\n", r"x.yaml:2: not valid YAML: .*control character '\\x07'; remove it"),
+    ("stages: [tell]\nname: 2024-13-45\n", "x.yaml:2: '2024-13-45' looks like .*timestamp.*quotes"),
+    ("stages: [tell]\nname: !!int x\n", "x.yaml:2: 'x' looks like a value of YAML's type int"),
+    ("stages: [tell]\nname: !!timestamp x\n", "x.yaml:2: 'x' looks like"),
+    ("stages: &a [*a]\n", "x.yaml: lists and mappings are nested too deeply"),
+    ("stages: " + 2000 * "[", "x.yaml: lists and mappings are nested too deeply"),
+    ("<<: {stages: [mkae]}\n", "x.yaml: unknown stage 'mkae'"),
 ]
 
 
@@ -306,6 +318,59 @@ def test_recipes_that_do_not_exist():
         load("nowhere.yaml")
     with pytest.raises(UserError, match="unknown recipe 'w6a8'"):  # a recipe of quantize
         load("w6a8")
+
+
+def test_a_file_that_is_no_utf8_is_named_with_its_line(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes(b"name: a\ndescription: caf\xe9\n")
+    with pytest.raises(UserError, match="latin.yaml:2: not UTF-8 text, found the byte 0xe9; save"):
+        load("latin.yaml")
+
+
+def test_a_merge_key_still_brings_its_options():
+    text = "stages:\n  - make: &m {model: m, size: 2}\n  - make: {<<: *m, size: 3}\n"
+    first, second = parse(text, "x.yaml", "x").stages
+    assert (first.options["size"], second.options["size"]) == (2, 3)
+    assert second.options["model"] == "m"
+
+
+def test_a_redo_killed_while_its_files_are_read_is_not_done_again(monkeypatch):
+    """The verb is asked to find its own result, not to overwrite it."""
+
+    def killed(*_: Any) -> dict[str, str]:
+        raise KeyboardInterrupt
+
+    run("trial.yaml", progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_digests", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("trial.yaml", overwrite=True, progress=False)
+    CALLS.clear()
+    run("trial.yaml", progress=False)
+    assert CALLS[0] == ("make", {"resume": True, "overwrite": False, "model": "start"})
+    assert called() == ["make", "measure", "tell"]
+    run("trial.yaml", progress=False)
+    assert called() == []
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_digests", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("trial.yaml", overwrite=True, progress=False)
+    CALLS.clear()
+    edit("trial.yaml", "size: 3", "size: 4")
+    run("trial.yaml", progress=False)
+    assert CALLS[0][1]["overwrite"], "another result than the one that was left"
+
+
+def test_a_stage_may_note_more_than_its_verb(monkeypatch):
+    def noted(options: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+        return result | {"notes": [f"size {options['size']}"]}
+
+    monkeypatch.setattr(f"{__name__}.noted", noted, raising=False)
+    kind = Kind(f"{__name__}:make", ("model",), ("out",), {"out": "{out}"}, f"{__name__}:noted")
+    monkeypatch.setitem(STAGES, "make", kind)
+    first, second = run("trial.yaml", progress=False), run("trial.yaml", progress=False)
+    assert first["stages"][0]["result"] == second["stages"][0]["result"]
+    assert first["stages"][0]["result"]["notes"] == ["size 3"]
+    assert STAGES["quantize"].noting
 
 
 @pytest.mark.parametrize("entry", shipped(), ids=lambda e: e["name"])

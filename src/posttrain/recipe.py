@@ -23,7 +23,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -39,6 +39,12 @@ KEYS = ("name", "description", "out", "stages")
 STATE = "run.json"
 # Arguments that are about this run of a verb and not about its result.
 _RUN_ARGUMENTS = ("progress", "resume", "overwrite", "stream", "results")
+_LEAST = {"seed": 0}  # what types do not say of an option, checked before the first stage runs
+
+
+def _named(function: str) -> Callable[..., dict[str, Any]]:
+    module, _, name = function.partition(":")
+    return getattr(import_module(module), name)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -51,17 +57,22 @@ class Kind:
             stage's fingerprint.
         writes: options that name what the stage writes; checked before the stage is skipped.
         defaults: options a recipe may leave out although the verb requires them.
+        noting: "module:function" that makes of the options and the result of the verb the result
+            that is kept, with what else there is to note.
     """
 
     verb: str
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    noting: str = ""
 
     @property
     def function(self) -> Callable[..., dict[str, Any]]:
-        module, _, name = self.verb.partition(":")
-        return getattr(import_module(module), name)  # type: ignore[no-any-return]
+        return _named(self.verb)
+
+    def noted(self, options: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+        return _named(self.noting)(options, result) if self.noting else result
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -74,6 +85,7 @@ STAGES: dict[str, Kind] = {
         reads=("model", "recipe", "calibration"),
         writes=("out",),
         defaults={"out": "{out}"},
+        noting="posttrain.quantize.recipe:with_idle_options_noted",
     ),
     "evaluate": Kind("posttrain.evaluate:evaluate", reads=("model", "text"), writes=("records",)),
     "compare": Kind(
@@ -155,8 +167,11 @@ def run(
         )
         status = "reused" if entry else "ran"
         if entry is None:
-            redo = overwrite or state.knows(stage)
-            entry = _run_stage(stage, fingerprint, done, others | {state.path}, redo, progress)
+            redo = overwrite or state.replaces(stage, fingerprint)
+            entry = _run_stage(stage, fingerprint, done, redo, progress)
+            # Digests of large files take long: a run killed meanwhile need not do it all again.
+            state.record(stage, entry)
+            entry["files"] = _digests(stage, others | {state.path})
             state.record(stage, entry)
         prints |= dict.fromkeys(stage.paths("writes"), fingerprint)
         done.append(
@@ -215,11 +230,13 @@ def shipped() -> list[dict[str, Any]]:
 
 def load(name: str | Path) -> Recipe:
     """A recipe by name (shipped) or by path, checked as far as that goes without running it."""
+    from posttrain.quantize.recipe import read_text
+
     path = Path(name).expanduser()
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.is_file():
             raise UserError(f"recipe {name}: no such file")
-        return parse(path.read_text(encoding="utf-8"), str(path), path.stem)
+        return parse(read_text(path), str(path), path.stem)
     known = [entry["name"] for entry in shipped() if entry["verb"] == "run"]
     if str(name) not in known:
         hint = did_you_mean(str(name), known)
@@ -230,7 +247,10 @@ def load(name: str | Path) -> Recipe:
 
 def parse(text: str, where: str, name: str) -> Recipe:
     """Read the YAML `text` of a recipe; `where` names it in errors."""
-    data, lines = _read_yaml(text, where)
+    # Here, as it imports what quantizes: a list of recipes should not wait for that.
+    from posttrain.quantize.recipe import place, read_yaml
+
+    data, lines = read_yaml(text, where)
     if not isinstance(data, dict):
         raise UserError(f"{where}: expected the keys {', '.join(KEYS)}")
     if "layers" in data and "stages" not in data:
@@ -239,7 +259,7 @@ def parse(text: str, where: str, name: str) -> Recipe:
         )
     for key in data:
         if key not in KEYS:
-            at = f"{where}:{lines[(key,)]}"
+            at = place(where, lines, (key,))
             raise UserError(f"{at}: unknown key {key!r}{did_you_mean(str(key), KEYS)}")
     entries = data.get("stages")
     if not isinstance(entries, list) or not entries:
@@ -250,46 +270,10 @@ def parse(text: str, where: str, name: str) -> Recipe:
     return Recipe(name, str(data.get("description", "")).strip(), out, stages)
 
 
-Lines = dict[tuple[Any, ...], int]
+def _stage(entry: Any, index: int, where: str, lines: dict[tuple[Any, ...], int]) -> Stage:
+    from posttrain.quantize.recipe import place
 
-
-def _read_yaml(text: str, where: str) -> tuple[Any, Lines]:
-    """The data, and the line of every key and list entry by its path."""
-    loader = yaml.SafeLoader(text)
-    try:
-        node = loader.get_single_node()
-        lines = dict(_lines(node, (), where)) if node is not None else {}
-        return (loader.construct_document(node) if node is not None else None), lines
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        at = f"{where}:{mark.line + 1}" if mark else where
-        raise UserError(f"{at}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-    finally:
-        loader.dispose()
-
-
-def _lines(
-    node: yaml.Node, path: tuple[Any, ...], where: str
-) -> Iterator[tuple[tuple[Any, ...], int]]:
-    if isinstance(node, yaml.SequenceNode):
-        for i, child in enumerate(node.value):
-            yield (*path, i), child.start_mark.line + 1
-            yield from _lines(child, (*path, i), where)
-    elif isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, child in node.value:
-            line = key.start_mark.line + 1
-            if key.value in seen:
-                raise UserError(f"{where}:{line}: {key.value!r} is given twice")
-            seen.add(key.value)
-            yield (*path, key.value), line
-            yield from _lines(child, (*path, key.value), where)
-
-
-def _stage(entry: Any, index: int, where: str, lines: Lines) -> Stage:
-    at = f"{where}:{lines[('stages', index)]}"
+    at = place(where, lines, ("stages", index))
     if isinstance(entry, str):
         entry = {entry: None}
     if not isinstance(entry, dict) or len(entry) != 1:
@@ -300,7 +284,7 @@ def _stage(entry: Any, index: int, where: str, lines: Lines) -> Stage:
     if options is not None and not isinstance(options, dict):
         raise UserError(f"{at}: the options of {kind} must be a mapping, found {options!r}")
     options = {**STAGES[kind].defaults, **(options or {})}
-    here = {key: f"{where}:{lines.get(('stages', index, kind, key), '?')}" for key in options}
+    here = {key: place(where, lines, ("stages", index, kind, key)) for key in options}
     _check_options(kind, options, here, at)
     return Stage(kind, index + 1, options, at)
 
@@ -316,6 +300,9 @@ def _check_options(kind: str, options: dict[str, Any], here: dict[str, str], at:
         if not _fits(value, hints.get(key, Any)):
             wanted = _words(hints[key])
             raise UserError(f"{here[key]}: {kind}: {key} must be {wanted}, found {value!r}")
+        if key in _LEAST and value < _LEAST[key]:
+            least = f"at least {_LEAST[key]}"
+            raise UserError(f"{here[key]}: {kind}: {key} must be {least}, found {value!r}")
     required = [k for k, p in parameters.items() if p.default is p.empty]
     for key in required:
         if key not in options:
@@ -389,24 +376,23 @@ def _run_stage(
     stage: Stage,
     fingerprint: str,
     done: list[dict[str, Any]],
-    foreign: set[Path],
     redo: bool,
     progress: bool,
 ) -> dict[str, Any]:
-    """Run one stage; returns its entry of the state file. `foreign` files are other stages'."""
+    """Run one stage; returns its entry of the state file, but for the digests of its files."""
     kind = STAGES[stage.kind]
     # Only what this runner wrote before is replaced: `redo` says so.
     offered = {"progress": progress, "resume": True, "overwrite": redo, "results": done}
     given = {name: value for name, value in offered.items() if name in kind.parameters}
     started = time.monotonic()
     try:
-        result = kind.function(**stage.options, **given)
+        result = kind.noted(stage.options, kind.function(**stage.options, **given))
     except UserError as error:
         raise UserError(f"{stage.where}: {stage.kind}: {error}") from error
     return {
         "fingerprint": fingerprint,
         "seconds": time.monotonic() - started,
-        "files": _digests(stage, foreign),
+        "files": None,
         # As a second run reads it: NaN and infinities, which JSON lacks, are null.
         "result": json.loads(json.dumps(result, default=str), parse_constant=lambda _: None),
     }
@@ -441,7 +427,7 @@ def _identity(name: str) -> Any:
 
 
 def _digests(stage: Stage, foreign: set[Path]) -> dict[str, str]:
-    """SHA-256 of every file the stage wrote."""
+    """SHA-256 of every file the stage wrote; `foreign` files are other stages'."""
     files: dict[str, str] = {}
     for name in stage.paths("writes"):
         path = Path(name)
@@ -474,14 +460,18 @@ class _State:
             raise UserError(f"{self.path} is no state of a run; remove it to start anew") from None
         return dict(stages)
 
-    def knows(self, stage: Stage) -> bool:
-        """Whether an earlier run finished this stage here, with whatever options."""
-        return stage.name in self.entries
+    def replaces(self, stage: Stage, fingerprint: str) -> bool:
+        """Whether an earlier run finished this stage here, and what it left is to be replaced. Where
+        this very stage ended and was killed before its digests, its verb may still find its own."""
+        entry = self.entries.get(stage.name)
+        if entry is None:
+            return False
+        return entry["files"] is not None or entry["fingerprint"] != fingerprint
 
     def finished(self, stage: Stage, fingerprint: str) -> dict[str, Any] | None:
         """The entry of a stage that need not run: same fingerprint, its files unchanged."""
         entry = self.entries.get(stage.name)
-        if entry is None or entry["fingerprint"] != fingerprint:
+        if entry is None or entry["fingerprint"] != fingerprint or entry["files"] is None:
             return None
         unchanged = all(
             Path(name).is_file() and _digest(Path(name)) == digest

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from evaluate_tiny import WORDS, tiny_llama, word_tokenizer
+from evaluate_tiny import WORDS, nudged, tiny_llama, word_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import posttrain
@@ -17,6 +17,7 @@ from posttrain.errors import UserError
 from posttrain.evaluate import compare, evaluate, read_records
 from posttrain.evaluate.pairing import position_edges
 from posttrain.evaluate.subject import Subject
+from posttrain.evaluate.windows import Windows
 from posttrain.lm import engine
 
 SIZE = {"bits_per_weight": 8.0, "bytes": 1000}
@@ -274,6 +275,81 @@ def test_other_tokenizers_cannot_be_paired(tiny, text):
         compare([tiny, other], text=text, **QUIET)
 
 
+def padded(model, rows):
+    """The same model with more rows in its embedding and its head, which no token has."""
+    other = tiny_llama(0, vocab_size=WORDS + rows)
+    state = other.state_dict()
+    for name, value in model.state_dict().items():
+        state[name][: len(value)] = value
+    other.load_state_dict(state)
+    other.name_or_path = f"padded-{rows}"
+    return other
+
+
+def kl_over_words(a, b, windows):
+    """KL(a || b) of the distributions over the words alone, mean per token; and agreement."""
+    with torch.inference_mode():
+        p, q = (m(windows).logits[:, :-1, :WORDS].double().log_softmax(-1) for m in (a, b))
+    agree = (p.argmax(-1) == q.argmax(-1)).double().mean()
+    return float((p.exp() * (p - q)).sum(-1).mean()), float(agree)
+
+
+@pytest.mark.parametrize("runs", ["native", "torch"])
+@pytest.mark.parametrize("kl, in_turn", [("full", False), ("topk", False), ("topk", True)])
+def test_heads_of_different_sizes_are_compared_over_the_tokens(
+    tiny, near, text, kl, in_turn, runs, monkeypatch
+):
+    verb = sys.modules["posttrain.evaluate.compare"]
+    monkeypatch.setattr(verb, "fits_together", lambda subjects: not in_turn)
+    if runs == "torch":
+        monkeypatch.setattr(sys.modules["posttrain.lm.engine"], "no_decoder", lambda m: "unknown")
+    # Chunks of a few rows, whose number must not depend on whose logits they are.
+    monkeypatch.setattr(sys.modules["posttrain.evaluate.score"], "CHUNK_BYTES", 4 * 7 * WORDS)
+    options = {"text": text, "kl": kl, "top_k": WORDS, "generations": False, **QUIET}
+    wide, wider = padded(tiny, 7), padded(near, 30)
+    tokens = Windows.cut(text, tiny.tokenizer, 32).tokens
+    for models in ([tiny, wider], [wide, near], [wide, wider]):
+        found = compare(models, **options)
+        (pair,), sizes = found["pairs"], [m.config.vocab_size for m in models]
+        expected = kl_over_words(*models, tokens)
+        if models != [wide, wider]:  # which share seven rows that no token has
+            assert (pair["kl"], pair["greedy_agreement"]) == pytest.approx(expected, abs=1e-5)
+        assert f"{min(sizes)} to {max(sizes)} logits" in found["notes"][-1]
+        for model, entry in zip(models, found["models"], strict=True):
+            assert entry["nll"] == pytest.approx(evaluate(model, text=text, **QUIET)["nll"])
+    (pair,) = compare([tiny, wide], **options)["pairs"]
+    assert pair["kl"] == pytest.approx(0, abs=1e-6) and pair["greedy_agreement"] == 1
+
+
+def test_sizes_of_heads_are_known_before_a_model_is_loaded(tiny, text, tmp_path):
+    for model, name in ((tiny, "a"), (padded(tiny, 7), "b")):
+        model.save_pretrained(tmp_path / name)
+        tiny.tokenizer.save_pretrained(tmp_path / name)
+    assert [Subject.of(tmp_path / name).vocabulary() for name in "ab"] == [WORDS, WORDS + 7]
+    found = compare([tmp_path / name for name in "ab"], text=text, generations=False, **QUIET)
+    assert found["pairs"][0]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_models_of_one_name_are_told_apart(tiny, near, text, tmp_path):
+    twin = nudged(tiny)
+    twin.name_or_path = tiny.name_or_path
+    found = compare([tiny, twin, tiny], text=text, records=tmp_path / "r.jsonl", **QUIET)
+    names = [tiny.name_or_path + end for end in ("", " (2)", " (3)")]
+    assert [entry["model"] for entry in found["models"]] == names
+    assert [pair["b"] for pair in found["pairs"]] == names[1:]
+    curves = found["position_nll"]["models"]
+    assert list(curves) == names
+    assert curves[names[0]] == curves[names[2]] != curves[names[1]]
+    assert [list(entry["outputs"]) for entry in found["generations"]] == 3 * [names]
+    assert {row["model"] for row in read_records(tmp_path / "r.jsonl")} == set(names)
+
+
+def test_numbers_that_json_lacks_are_null_in_what_quantize_left(tmp_path):
+    (tmp_path / "posttrain.json").write_text('{"layers": [{"qsnr": Infinity}, {"qsnr": NaN}]}')
+    report = Subject.of(tmp_path).quantize_report()
+    assert report == {"layers": [{"qsnr": None}, {"qsnr": None}]}
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -281,6 +357,8 @@ def test_other_tokenizers_cannot_be_paired(tiny, text):
         ({"models": "demo"}, "list of two or more"),
         ({"kl": "js"}, "kl must be one of full, topk"),
         ({"top_k": 0}, "top_k must be at least 1"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, not -1"),
+        ({"seed": 1.5}, "seed must be a whole number of at least 0, not 1.5"),
         ({"records": "a.csv"}, "must end in .jsonl"),
         ({"records": "/no/such/folder/a.jsonl"}, "folder does not exist"),
         ({"models": ["demo", 3]}, "path, a name or a loaded model"),
@@ -296,6 +374,8 @@ def test_bad_arguments_are_refused_before_any_work(tiny, near, text, arguments, 
 def test_evaluate_refuses_what_it_cannot_do(tiny, text):
     with pytest.raises(UserError, match="unknown task 'chess'; known are perplexity"):
         evaluate(tiny, tasks=["chess"], text=text)
+    with pytest.raises(UserError, match="unknown task .1, ..x...; known are perplexity"):
+        evaluate(tiny, tasks=[1, ["x"]], text=text)
     bare = torch.nn.Linear(2, 2)
     with pytest.raises(UserError, match="needs its tokenizer"):
         evaluate(bare, text=text)

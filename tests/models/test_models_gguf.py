@@ -15,7 +15,7 @@ from models_tiny import SIZES, TINY, save_tiny, tiny_model, tokens
 from posttrain.errors import UserError
 from posttrain.models import gguf_config
 from posttrain.models.gguf import demo_path, separate_rotary_pairs
-from posttrain.models.gguf_file import READABLE, read_gguf_header
+from posttrain.models.gguf_file import read_gguf_header, readable
 from posttrain.models.load import load as load_model
 from posttrain.models.shards import OpenFiles
 from posttrain.models.source import open_source, require_unquantized
@@ -105,7 +105,7 @@ def write_tokenizer(writer: gguf.GGUFWriter) -> None:
     """A byte-level vocabulary: <unk>, <s>, </s>, then letters, then two merges."""
     words = ["<unk>", "<s>", "</s>", *(chr(c) for c in range(33, 123)), "ab", "cd", "Ġ"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(words)
     writer.add_token_types([3, 3, 3, *[1] * (len(words) - 3)])
     writer.add_token_merges(["a b", "c d"])
@@ -114,11 +114,23 @@ def write_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}</s>{% endfor %}")
 
 
-def write_gguf(path: Path, model, arch: str, extra=None, kind: Type = Type.F32) -> Path:
+def set_keys(writer: gguf.GGUFWriter, keys: dict) -> None:
+    """Write metadata again; None takes a key away."""
+    kinds = {str: "string", bool: "bool", int: "uint32", float: "float32", list: "array"}
+    for key, value in keys.items():
+        writer.kv_data[0].pop(key, None)
+        if value is not None:
+            getattr(writer, f"add_{kinds[type(value)]}")(key, value)
+
+
+def write_gguf(
+    path: Path, model, arch: str, extra=None, kind: Type = Type.F32, keys=None, **options
+) -> Path:
     """Write a tiny transformers model as llama.cpp would; matrices as `kind`."""
-    writer = gguf.GGUFWriter(str(path), arch)
+    writer = gguf.GGUFWriter(str(path), arch, **options)
     write_metadata(writer, model.config)
     write_tokenizer(writer)
+    set_keys(writer, keys or {})
     tied = model.config.tie_word_embeddings
     for name, value in model.state_dict().items():
         if not (tied and name == "lm_head.weight"):
@@ -300,6 +312,23 @@ def test_mixed_files_name_every_4_bit_type(small):
     assert source.expanded_from == "GGUF Q4_K"
 
 
+def test_grids_of_fewer_bits_carry_a_note_of_their_own(small):
+    source = open_source(small)
+    source._weights = Counter({"Q2_K": 300, "IQ3_S": 100, "NVFP4": 50, "Q4_K": 50, "F32": 500})
+    four, fewer = source.notes
+    assert four.startswith("10% of") and "(GGUF Q4_K and NVFP4, groups of 16 and 32)" in four
+    assert fewer.startswith("40% of") and "fewer than 4 bits (GGUF Q2_K and IQ3_S)" in fewer
+
+
+@pytest.mark.parametrize(("kind", "bits"), [(Type.F32, 32), (Type.MXFP4, 4.25), (Type.Q8_0, 8.5)])
+def test_bits_are_those_of_the_file(kind, bits, tmp_path):
+    model = float_model("llama")
+    path = write_gguf(tmp_path / "m.gguf", model, "llama", kind=kind)
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2 and p.shape[1] % 32 == 0)
+    others = sum(p.numel() for p in model.parameters()) - matrices
+    assert load_model(path).posttrain["bytes"] == matrices * bits / 8 + others * 4
+
+
 def test_other_sources_have_no_note(tmp_path):
     save_tiny("llama", tmp_path)
     source = open_source(tmp_path)
@@ -309,15 +338,27 @@ def test_other_sources_have_no_note(tmp_path):
 # ------------------------------------------------------------------------------------ tensor types
 
 
+# Type -> where its blocks keep half-precision scales, if not in the first bytes.
+HALVES = {
+    "Q6_K": [208], "Q8_0": [0], "Q4_0": [0], "Q5_0": [0], "Q2_K": [80, 82], "Q3_K": [108],
+    "TQ1_0": [52], "TQ2_0": [64], "NVFP4": [],
+}  # fmt: skip
+
+
 def random_blocks(kind: Type, rows: int, blocks: int) -> np.ndarray:
     """Random bytes, with the half-precision scales made finite and small."""
     generator = np.random.default_rng(int(kind))
     size = gguf.GGML_QUANT_SIZES[kind][1]
     raw = generator.integers(0, 256, (rows, blocks, size), dtype=np.uint8)
-    halves = {"Q6_K": [208], "Q8_0": [0], "Q4_0": [0], "Q5_0": [0]}.get(kind.name, [0, 2])
+    halves = HALVES.get(kind.name, [0, 2])
     for offset in halves:
         scales = generator.uniform(0.001, 0.1, (rows, blocks)).astype("<f2")
         raw[:, :, offset : offset + 2] = scales[..., None].view(np.uint8)
+    if kind.name == "MXFP4":  # a power of two in the first byte
+        raw[:, :, 0] = generator.integers(118, 128, (rows, blocks))
+    if kind.name == "IQ1_M":  # a half in the upper digits of the last four pairs of bytes
+        raw[:, :, 49::2] &= 0x0F
+        raw[:, :, 55] |= 0x20
     return raw.reshape(rows, -1)
 
 
@@ -332,14 +373,14 @@ def one_tensor(path: Path, kind: Type, raw: np.ndarray):
         return read_gguf_header(path).tensors["t"].read(files)
 
 
-@pytest.mark.parametrize("name", [n for n in READABLE if n not in ("F32", "F16", "BF16")])
+@pytest.mark.parametrize("name", [n for n in readable() if n not in ("F32", "F16", "BF16")])
 def test_quantized_types_match_the_package_and_transformers(name, tmp_path):
     kind = Type[name]
     block = gguf.GGML_QUANT_SIZES[kind][0]
     # more values than one chunk, and a last chunk that is not full
     raw = random_blocks(kind, rows=37, blocks=8192 // block)
     value = one_tensor(tmp_path / "t.gguf", kind, raw)
-    assert value.shape == (37, 8192)
+    assert value.shape == (37, 8192) and torch.isfinite(value).all() and value.unique().numel() > 2
     assert np.array_equal(value.numpy(), gguf.dequantize(raw, kind))
     independent = pytest.importorskip("transformers.integrations.gguf.dequant")
     if int(kind) not in independent.GGML_BLOCK:
@@ -410,6 +451,127 @@ def test_llama3_factors_match_transformers(factor):
     torch.testing.assert_close(plain / scaled, ours, rtol=1e-4, atol=0)
 
 
+def rope_of(tmp_path, arch="llama", **keys):
+    """rope_parameters of a file with these metadata keys; `__` stands for a dot."""
+    named = {f"{arch}.rope.{key.replace('__', '.')}": value for key, value in keys.items()}
+    path = write_gguf(tmp_path / "m.gguf", float_model(arch), arch, keys=named)
+    return open_source(path).config.rope_parameters
+
+
+@pytest.mark.parametrize(
+    ("keys", "factor"),
+    [
+        ({"scaling__factor": 4.0}, 4.0),
+        ({"scale_linear": 2.0}, 2.0),
+        ({"scaling__factor": 4.0, "scale_linear": 2.0}, 4.0),
+        ({"scaling__type": "linear", "scaling__factor": 8.0}, 8.0),
+        ({"scaling__type": "linear", "scale_linear": 8.0}, 8.0),
+        ({"scaling__type": "none", "scaling__factor": 8.0}, None),
+        ({"scaling__factor": 0.0}, None),
+        ({"dimension_count": 8}, None),
+    ],
+)
+def test_scaling_without_a_type_is_linear(keys, factor, tmp_path):
+    rope = rope_of(tmp_path, **keys)
+    assert rope["rope_type"] == ("linear" if factor else "default")
+    assert rope.get("factor") == factor
+
+
+@pytest.mark.parametrize("attention", [1.0, 0.5])
+def test_yarn_has_the_angles_of_llama_cpp(attention, tmp_path):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    keys = {"yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0, "attn_factor": attention}
+    keys |= {"type": "yarn", "factor": 4.0, "original_context_length": 64, "yarn_ext_factor": 1.0}
+    named = {f"llama.rope.scaling.{key}": value for key, value in keys.items()}
+    path = write_gguf(tmp_path / "m.gguf", float_model("llama"), "llama", keys=named)
+    config = open_source(path).config
+    inverse, factor = ROPE_INIT_FUNCTIONS["yarn"](config, device="cpu")
+    assert factor == pytest.approx(attention * (1 + 0.1 * np.log(4.0)))
+    # ggml's rope_yarn and ggml_rope_yarn_corr_dims
+    size, theta = head_dim(config), config.rope_parameters["rope_theta"]
+
+    def corrected(turns):
+        return size * np.log(64 / (turns * 2 * np.pi)) / (2 * np.log(theta))
+
+    low = max(0, np.floor(corrected(16.0)))
+    high = min(size - 1, np.ceil(corrected(2.0)))
+    ramp = 1 - np.clip((np.arange(size // 2) - low) / max(0.001, high - low), 0, 1)
+    plain = theta ** -(np.arange(0, size, 2) / size)
+    expected = plain / 4 * (1 - ramp) + plain * ramp
+    np.testing.assert_allclose(inverse.numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"scaling__type": "yarn"}, "'yarn', but llama.rope.scaling.factor is missing"),
+        ({"scaling__type": "linear"}, "'linear', but llama.rope.scaling.factor is missing"),
+        ({"scaling__type": "longrope"}, "rotary scaling 'longrope' is not supported"),
+        ({"scaling__attn_factor": 0.5}, "llama.rope.scaling.attn_factor is 0.5"),
+        ({"dimension_count": 4}, "llama.rope.dimension_count is 4, .*only 8 is"),
+        ({"scaling__yarn_ext_factor": 0.5}, "yarn_ext_factor is 0.5"),
+        ({"scaling__yarn_attn_factor": 0.5}, "yarn_attn_factor is 0.5"),
+        ({"scaling__yarn_log_multiplier": 1.0}, "yarn_log_multiplier is 1.0"),
+    ],
+)
+def test_rotary_scaling_that_is_not_read_is_named(keys, said, tmp_path):
+    if "yarn_" in str(keys):
+        keys = keys | {"scaling__type": "yarn", "scaling__factor": 2.0}
+    with pytest.raises(UserError, match=said) as error:
+        rope_of(tmp_path, **keys)
+    assert str(tmp_path / "m.gguf") in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------- parts
+
+
+@pytest.fixture()
+def parts(tmp_path) -> list[Path]:
+    """The files of a tiny model that was split."""
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    write_gguf(folder / "m.gguf", float_model("llama"), "llama", split_max_tensors=8)
+    found = sorted(folder.iterdir())
+    assert len(found) > 2
+    return found
+
+
+def test_a_split_model_is_read_as_one(parts, small):
+    split, whole = open_source(parts[0]), open_source(small)
+    assert split.tensor_names() == whole.tensor_names()
+    ours, theirs = (source.read(source.tensor_names()) for source in (split, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert split.tokenizer().encode("abba z") == whole.tokenizer().encode("abba z")
+    sizes = [load_model(path).posttrain["bytes"] for path in (parts[0], small)]
+    assert sizes[0] == sizes[1]
+
+
+def test_a_change_in_any_part_is_seen(parts):
+    before = open_source(parts[0]).fingerprint()
+    parts[-1].write_bytes(parts[-1].read_bytes() + bytes(32))
+    assert open_source(parts[0]).fingerprint() != before
+
+
+def test_parts_that_cannot_be_put_together_are_named(parts):
+    count = len(parts)
+    assert f"part 2 of {count} of a split model: give the first part, {parts[0].name}" in refusal(
+        parts[1]
+    )
+    renamed = parts[0].rename(parts[0].with_name("x.gguf"))
+    said = refusal(renamed)
+    assert f"must end in -00001-of-{count:05d}.gguf" in said and "llama-gguf-split --merge" in said
+    renamed.rename(parts[0])
+    parts[-1].unlink()
+    assert f"{parts[-1].name} is not beside it" in refusal(parts[0])
+
+
+def test_big_endian_files_are_named(tmp_path):
+    path = tmp_path / "m.gguf"
+    write_gguf(path, float_model("llama"), "llama", endianess=gguf.GGUFEndian.BIG)
+    assert "big-endian" in refusal(path)
+
+
 # ------------------------------------------------------------------------------------------ errors
 
 
@@ -459,9 +621,19 @@ def test_unsupported_architecture(tmp_path):
 
 
 def test_unsupported_tensor_type(tmp_path):
-    raw = random_blocks(Type.IQ4_NL, 4, 1)
-    with pytest.raises(UserError, match="tensor t is stored as type IQ4_NL; posttrain reads F32"):
-        one_tensor(tmp_path / "t.gguf", Type.IQ4_NL, raw)
+    raw = np.ones((4, 32), np.int32)
+    with pytest.raises(UserError, match="tensor t is stored as type I32; posttrain reads F32"):
+        one_tensor(tmp_path / "t.gguf", Type.I32, raw)
+
+
+def test_every_type_with_a_dequantizer_is_read():
+    known = {"Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "IQ2_XXS", "IQ3_S", "IQ1_M", "TQ1_0", "MXFP4"}
+    assert known | {"F32", "F16", "BF16", "Q4_K"} <= set(readable())
+    for name in set(Type.__members__) - set(readable()):
+        with pytest.raises(NotImplementedError):
+            gguf.dequantize(
+                np.zeros((1, gguf.GGML_QUANT_SIZES[Type[name]][1]), np.uint8), Type[name]
+            )
 
 
 def test_missing_and_unexpected_tensors(tmp_path):

@@ -1,10 +1,23 @@
 """Recipes: what is shipped parses, round-trips, and what is wrong is named."""
 
+import itertools
+from dataclasses import fields
+
 import pytest
 import yaml
 
 from posttrain.errors import UserError
-from posttrain.quantize.recipe import load_recipe, parse_recipe, shipped_recipes
+from posttrain.quantize.distill import Distillation
+from posttrain.quantize.recipe import (
+    Calibration,
+    QuantRecipe,
+    load_recipe,
+    parse_recipe,
+    shipped_recipes,
+    with_idle_options_noted,
+)
+from posttrain.quantize.solvers import SOLVERS
+from posttrain.quantize.transforms import TRANSFORMS
 
 MINIMAL = 'layers: [{match: "*", weight: int4 | fp16/g64}]\n'
 
@@ -63,6 +76,17 @@ def test_recipe_from_a_copied_file(tmp_path):
         ('layers: [{match: "*", weigth: int4}]', "did you mean 'weight'"),
         (MINIMAL + "kv: int8 | fp16/tensor", "plan: kv: int8 | fp16/tensor has scales over"),
         ("stages: []", "posttrain run"),
+        (MINIMAL + "solver: rtn\nsolver: mse", "mine.yaml:3: 'solver' is given twice"),
+        ('layers: [{match: "*", weight: int4,\n weight: int8}]', "mine.yaml:2: 'weight' is given"),
+        (MINIMAL + "solver: {name: 5}", "mine.yaml:2: solver: expected a mapping with `name`"),
+        (MINIMAL + "solver: {name: [x]}", "found the name ['x']"),
+        (MINIMAL + "transform: {name: [x]}", "mine.yaml:2: transform: expected a mapping with"),
+        (MINIMAL + "solver: {1: x, name: rtn}", "mine.yaml:2: no option is called '1'"),
+        (MINIMAL[:-3] + ", branches: [{name: [x]}]}]", "mine.yaml:1: layers: expected a mapping"),
+        (MINIMAL + "calibration: {first_token_weight: .nan}", "must be a finite number, found nan"),
+        (MINIMAL + "calibration: {first_token_weight: .inf}", "must be a finite number, found inf"),
+        (MINIMAL + "distill: {rate: .nan}", "mine.yaml:2: rate must be a finite number"),
+        (MINIMAL + "calibration: {text: 5}", "text must be a file or a corpus name, found 5"),
     ],
 )
 def test_mistakes_are_named(text, said):
@@ -91,3 +115,72 @@ def test_options_override_the_recipe():
     plain = recipe.override(transform="none")
     assert plain.transform is None and not plain.calibrated
     assert parse_recipe(MINIMAL + "transform: none", "mine.yaml").transform is None
+
+
+ODD = [
+    "5", "-1", "1.5", ".nan", "-.inf", "1e999", 400 * "9", "0x" + 5000 * "f", "true", "null", "''", "rtn",
+    "[]", "[x]", "[[1]]", "[{}]", "[{name: [x]}]", "{}", "{a: 1}", "{1: x}", "{on: x}", "{name: [x]}",
+    "{name: {}}", "{{a}}", "{<<: {name: 5}}", "{<<: 3}", "<<", "2024-01-01", "2024-13-45", "!!int x",
+    "!!bool x", "!!timestamp x", "!!set {a}", "!!str [a]", "!other x", "'\x07'", "&a [*a]", "*b", "|",
+    "? [a]", "- b", 2000 * "[",
+]  # fmt: skip
+
+
+def odd_places():
+    """Texts of recipes with a hole at every place that has a value."""
+    tops = ("name", "description", "layers", "ignore", "kv", "transform", "solver", "distill")
+    yield "%s"
+    yield from (MINIMAL * (key != "layers") + f"{key}: %s" for key in (*tops, "calibration", "on"))
+    for part, kinds in (("solver", SOLVERS), ("transform", TRANSFORMS)):
+        for name, kind in kinds.items():
+            for key in (*(f.name for f in fields(kind)), "name"):
+                yield MINIMAL + f"{part}: {{name: {name}, {key}: %s}}".replace("name: %s, ", "")
+    for part, kind in (("distill", Distillation), ("calibration", Calibration)):
+        yield from (MINIMAL + f"{part}: {{{f.name}: %s}}" for f in fields(kind))
+    for key in ("match", "weight", "input", "rotate", "outliers", "branches"):
+        known = {"match": "'*'", "weight": "int4 | fp16/g64", "input": "int8 | fp32/row"}
+        rule = ", ".join(f"{k}: {v}" for k, v in (known | {key: "%s"}).items())
+        yield f"layers: [{{{rule}}}]"
+    for branch in ("name: %s", "name: lowrank, rank: %s", "name: lowrank, rank: 8, weight: %s",
+                   "name: lowrank, rank: 8, start: %s", "name: columns, count: %s"):  # fmt: skip
+        yield MINIMAL[:-3] + f", branches: [{{{branch}}}]}}]"
+
+
+def test_a_text_is_a_recipe_or_a_mistake_that_names_the_file():
+    read = 0
+    for text, odd in itertools.product(odd_places(), ODD):
+        try:
+            read += isinstance(parse_recipe(text % odd, "mine.yaml"), QuantRecipe)
+        except UserError as error:
+            assert str(error).startswith("mine.yaml"), (text, odd)
+    assert read > 50
+
+
+def test_a_file_that_is_no_utf8_is_named_with_its_line(tmp_path):
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(MINIMAL.encode() + b"description: caf\xe9\n")
+    with pytest.raises(UserError, match="latin.yaml:2: not UTF-8 text, found the byte 0xe9; save"):
+        load_recipe(path)
+
+
+def noted(recipe, text=None, /, **given):
+    """The notes of a result by `recipe`; text: the identity of the one it saw."""
+    result = {"recipe": recipe.to_dict(), "calibration": text, "notes": ["coarse"]}
+    first, *more = with_idle_options_noted(given, result)["notes"]
+    assert first == "coarse"
+    return more
+
+
+def test_options_that_nothing_looked_at_are_noted():
+    plain = load_recipe("nf4")
+    given = {"calibration": "typo.txt", "samples": 3, "window": None, "chat": False}
+    (note,) = noted(plain, **given, memory_budget=2.0)
+    assert note.startswith("--calibration, --samples, --chat, --memory-budget had no effect")
+    assert not noted(plain, seed=3) and not noted(plain)
+    text = {"name": "prose"}
+    (note,) = noted(plain, text, **given, memory_budget=2.0)  # a budget: its scan saw the text
+    assert note.startswith("--memory-budget had no effect")
+    smooth = parse_recipe(MINIMAL + "transform: smooth", "mine.yaml")
+    assert not noted(smooth, text, **given, memory_budget=2.0)
+    assert not noted(plain.override("gptq"), text, **given, memory_budget=2.0)
+    assert with_idle_options_noted(given, {"out": "x"}) == {"out": "x"}

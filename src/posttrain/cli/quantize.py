@@ -128,8 +128,10 @@ def arguments(parser: Parser) -> None:
 
 def call(args: argparse.Namespace) -> dict[str, Any]:
     import posttrain
+    from posttrain.quantize.recipe import with_idle_options_noted
 
-    return posttrain.quantize(**options(args))
+    given = options(args)
+    return with_idle_options_noted(given, posttrain.quantize(**given))
 
 
 def show(result: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from posttrain.evaluate.records import check_records_path, write_records
 from posttrain.evaluate.run import Divergence, fits_together, score_in_turn, score_lockstep
 from posttrain.evaluate.score import Scores
 from posttrain.evaluate.sensitivity import WINDOW, WINDOWS, block_sensitivity
-from posttrain.evaluate.subject import Subject, require_same_tokens
+from posttrain.evaluate.subject import Subject, require_same_tokens, tell_apart
 from posttrain.evaluate.windows import Windows
 from posttrain.models.load import set_resident
 from posttrain.numbers import Spec
@@ -54,11 +54,14 @@ def compare(
     (the reference), ``b``, ``delta_nll`` = NLL of b minus NLL of a (positive: b is worse),
     ``ci_low`` and ``ci_high`` (its 95% bootstrap interval over windows, BCa; None for a
     single window), ``kl`` = KL(a || b) in nats per token with its interval, and
-    ``greedy_agreement`` (share of positions with the same likeliest token). Further: ``text``, ``mode``, ``kl``,
+    ``greedy_agreement`` (share of positions with the same likeliest token). Where heads are padded to
+    different sizes both are over the tokens that all models have, renormalized to them, and
+    ``notes`` say so; losses are over each model's own. Models of one name are numbered:
+    ``name``, ``name (2)``. Further: ``text``, ``mode``, ``kl``,
     ``bootstrap``, ``position_nll`` (loss by position in the window), ``generations``, ``notes``,
     ``created``, ``machine``, ``command`` and, where asked for, ``records``.
     """
-    _check(models, kl, top_k, records)
+    _check(models, kl, top_k, records, seed)
     options = Options(text, window, stride, max_tokens, chat, records, progress)
     comparison = _Comparison(
         [Subject.of(model, dtype, kv=kv if i else None) for i, model in enumerate(models)],
@@ -84,13 +87,15 @@ def compare(
     return result
 
 
-def _check(models: Sequence[Any], kl: str, top_k: int, records: Any) -> None:
+def _check(models: Sequence[Any], kl: str, top_k: int, records: Any, seed: int) -> None:
     if isinstance(models, (str, Path)) or len(models) < 2:
         raise UserError("compare needs a list of two or more models; the first is the reference")
     if kl not in KL_KINDS:
         raise UserError(f"kl must be one of {', '.join(KL_KINDS)}, not {kl!r}")
     if top_k < 1:
         raise UserError(f"top_k must be at least 1, not {top_k}")
+    if not isinstance(seed, int) or seed < 0:
+        raise UserError(f"seed must be a whole number of at least 0, not {seed!r}")
     if records is not None:
         check_records_path(records)
 
@@ -112,6 +117,7 @@ class _Comparison:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        tell_apart(self.subjects)
         self.text = self.options.load_text()
         for subject in self.subjects:
             subject.open_tokenizer()
@@ -121,6 +127,10 @@ class _Comparison:
         if not self.lockstep:
             self.divergence = Divergence("topk", self.divergence.top_k)
             self.notes.append(provenance.IN_TURN_NOTE.format(k=self.divergence.top_k))
+        sizes = [subject.vocabulary() for subject in self.subjects]
+        if len(set(sizes)) > 1:
+            said = provenance.VOCABULARY_NOTE.format(least=min(sizes), most=max(sizes))
+            self.notes.append(said)
 
     def score(self, generations: bool) -> None:
         def visit(subject: Subject) -> None:
@@ -165,7 +175,7 @@ class _Comparison:
         windows = short.cut(self.text, reference.tokenizer).head(WINDOWS)
         for subject, entry in zip(self.subjects[1:], result["models"][1:], strict=True):
             if not fits_together([reference, subject]):
-                self.notes.append(provenance.NO_SENSITIVITY_NOTE.format(name=subject.name))
+                self.notes.append(provenance.NO_SENSITIVITY_NOTE.format(name=subject.label))
                 continue
             # Block by block is PyTorch's work, which should not unpack a weight more than once.
             set_resident(subject.open(), "dequantized")

@@ -23,6 +23,11 @@ NO_SENSITIVITY_NOTE = (
     "together."
 )
 
+VOCABULARY_NOTE = (
+    "The models give {least} to {most} logits for a position (heads are padded differently), so KL "
+    "and greedy agreement are over the first {least}, each model's probabilities renormalized to them."
+)
+
 
 def notes(caveats: Iterable[tuple[str, str]]) -> list[str]:
     """(model, caveat about its weights) as sentences, each caveat once with all its models."""

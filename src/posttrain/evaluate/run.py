@@ -47,11 +47,20 @@ def fits_together(subjects: list[Subject]) -> bool:
     return needed < MEMORY_SHARE * psutil.virtual_memory().available
 
 
-def _scorer(subject: Subject, windows: Windows, against: bool = False) -> Scorer:
+def shared_vocabulary(subjects: Sequence[Subject]) -> int:
+    """Logits that every model gives: those of the tokens that all know."""
+    return min(subject.vocabulary() for subject in subjects)
+
+
+def _scorer(
+    subject: Subject, windows: Windows, against: bool = False, shared: int | None = None
+) -> Scorer:
     model = subject.open()
     subject.window = windows.window
     beyond_context(model, windows.window, "window")
-    return Scorer(model, subject.label, windows, against=against, runner=subject.engine())
+    return Scorer(
+        model, subject.label, windows, against=against, runner=subject.engine(), shared=shared
+    )
 
 
 def score_one(subject: Subject, windows: Windows, progress: bool) -> Scores:
@@ -68,9 +77,10 @@ def score_lockstep(
     subjects: list[Subject], windows: Windows, divergence: Divergence, visit: Visit, progress: bool
 ) -> list[Scores]:
     """Scores of all models, the first being the reference, batch by batch."""
-    scorers = [_scorer(subject, windows, against=i > 0) for i, subject in enumerate(subjects)]
+    shared = shared_vocabulary(subjects)
+    scorers = [_scorer(subject, windows, i > 0, shared) for i, subject in enumerate(subjects)]
     with _bar(len(windows) * len(subjects), "compare", progress) as bar:
-        for batch in windows.batches(vocabulary(subjects[0].model)):
+        for batch in windows.batches(max(vocabulary(subject.model) for subject in subjects)):
             targets = scorers[0](batch, keep=divergence.keep())
             for scorer in scorers[1:]:
                 scorer(batch, targets)
@@ -85,11 +95,12 @@ def score_in_turn(
 ) -> list[Scores]:
     """Scores of all models with one in memory at a time; ``divergence`` must be "topk"."""
     keep = divergence.keep()
-    batches = list(windows.batches(vocabulary(subjects[0].open())))
+    shared = shared_vocabulary(subjects)
+    batches = list(windows.batches(max(subject.vocabulary() for subject in subjects)))
     scores = []
     with tempfile.TemporaryDirectory(prefix="posttrain-") as folder:
         for i, subject in enumerate(subjects):
-            scorer = _scorer(subject, windows, against=i > 0)
+            scorer = _scorer(subject, windows, i > 0, shared)
             with _bar(len(windows), subject.name, progress) as bar:
                 for number, batch in enumerate(batches):
                     spool = Path(folder) / f"{number}.safetensors"

@@ -51,6 +51,7 @@ class Scorer:
     windows: Windows
     against: bool = False  # whether batches come with targets of a reference
     runner: Engine | None = None  # what computes; None: the best for this model
+    shared: int | None = None  # logits that all models compared give; None: as many as this one
     _values: dict[str, torch.Tensor] = field(default_factory=dict)
     _seconds: float = 0.0
 
@@ -70,7 +71,8 @@ class Scorer:
         began = time.perf_counter()
         tokens = self.windows.tokens[batch.start : batch.stop].to(self.model.device)
         assert self.runner is not None
-        rows = max(1, CHUNK_BYTES // (4 * vocabulary(self.model)))
+        # Of what all models share: chunks of a model and of its reference hold the same rows.
+        rows = max(1, CHUNK_BYTES // (4 * (self.shared or vocabulary(self.model))))
         count = tokens.shape[1] - batch.first + 1  # the last position predicts nothing here
         kept: list[Target] = []
         if targets is None and keep is None:
@@ -99,6 +101,7 @@ class Scorer:
         for i, (chunk, wanted) in enumerate(zip(chunks, targeted, strict=True)):
             log_partition = kernels.log_partition(chunk)
             scored = [log_partition - chunk.gather(-1, wanted[:, None])[:, 0]]
+            chunk, log_partition = self._shared(chunk, log_partition)
             if targets is not None:
                 scored += [targets[i].kl(chunk, log_partition)]
                 scored += [(chunk.argmax(-1) == targets[i].argmax).float()]
@@ -106,6 +109,16 @@ class Scorer:
             if keep is not None:
                 kept.append(keep(chunk, log_partition))
         return torch.cat(parts, dim=1), kept
+
+    def _shared(
+        self, logits: torch.Tensor, log_partition: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits of the tokens that all models know, as a distribution of its own. Models of
+        one family pad their heads to different sizes; the rows beyond are no tokens."""
+        if self.shared is None or self.shared == logits.shape[-1]:
+            return logits, log_partition
+        logits = logits[:, : self.shared].contiguous()
+        return logits, kernels.log_partition(logits)
 
     def scores(self) -> Scores:
         return Scores(**self._values, seconds=self._seconds)
@@ -122,5 +135,5 @@ class Scorer:
 
 
 def vocabulary(model: Any) -> int:
-    """Number of logits a model gives for a position."""
+    """Number of logits a model, or a source of one, gives for a position."""
     return int(model.config.get_text_config().vocab_size)

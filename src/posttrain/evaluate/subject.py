@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from posttrain.errors import UserError
+from posttrain.evaluate.score import vocabulary
 from posttrain.lm.context import beyond_context
 from posttrain.lm.engine import Engine, scoring_engine, why_torch
 from posttrain.models.base import DTYPES
@@ -29,7 +30,8 @@ EXPANDED_CAVEAT = (
 class Subject:
     """``name`` as the user gave it; ``model`` is None while it is not in memory. ``given``: the
     user loaded it, so it is not ours to close. ``kv``: what its keys and values are kept in, None
-    for what the model says. ``window``: tokens of the windows it was scored on."""
+    for what the model says. ``window``: tokens of the windows it was scored on. ``copy``: which of
+    the models of this name it is, from 1."""
 
     name: str
     dtype: str = "float32"
@@ -38,6 +40,7 @@ class Subject:
     given: bool = False
     kv: Spec | None = None
     window: int = 0
+    copy: int = 1
 
     @classmethod
     def of(
@@ -69,6 +72,11 @@ class Subject:
 
     @property
     def label(self) -> str:
+        """``called``; two models that are called alike are numbered."""
+        return self.called if self.copy == 1 else f"{self.called} ({self.copy})"
+
+    @property
+    def called(self) -> str:
         """``name``, and the format of the cache where it was asked for: the same model may be
         compared with itself."""
         return self.name if self.kv is None else f"{self.name} (kv {self.kv})"
@@ -99,6 +107,14 @@ class Subject:
 
             self.tokenizer = open_source(self.name).tokenizer()
         return self.tokenizer
+
+    def vocabulary(self) -> int:
+        """Number of logits for a position, without loading the model."""
+        if self.model is not None:
+            return vocabulary(self.model)
+        from posttrain.models.source import open_source
+
+        return vocabulary(open_source(self.name))
 
     def close(self) -> None:
         if not self.given:
@@ -145,7 +161,7 @@ class Subject:
         own += [note for note in (why_torch(self.model, self.kv), beyond) if note]
         report = self.quantize_report()
         origin, inherited = str(report.get("model", self.name)), report.get("notes") or ()
-        return [*((self.label, note) for note in own), *((origin, note) for note in inherited)]
+        return [*((self.called, note) for note in own), *((origin, note) for note in inherited)]
 
     def quantize_report(self) -> dict[str, Any]:
         """What ``posttrain quantize`` measured when it wrote this checkpoint, or ``{}``."""
@@ -153,10 +169,20 @@ class Subject:
         if not path.is_file():
             return {}
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            # NaN and infinities, such as the QSNR of a lossless layer, are null in every result.
+            found = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
         except ValueError as error:
             raise UserError(f"{path} is not JSON: {error}; quantize the model again") from error
         return found if isinstance(found, dict) else {}
+
+
+def tell_apart(subjects: list[Subject]) -> None:
+    """Number those that would have the same label: results are kept by label."""
+    taken: set[str] = set()
+    for subject in subjects:
+        while subject.label in taken:
+            subject.copy += 1
+        taken.add(subject.label)
 
 
 def _dtype_name(dtype: Any) -> str:

@@ -55,7 +55,7 @@ def evaluate(
     Raises UserError for whatever the user can mend.
     """
     tasks = [tasks] if isinstance(tasks, str) else tasks
-    unknown = [task for task in tasks if task not in TASKS]
+    unknown = [str(task) for task in tasks if not isinstance(task, str) or task not in TASKS]
     if unknown or not tasks:
         raise UserError(f"unknown task {', '.join(unknown)!r}; known are {', '.join(TASKS)}")
     subject = Subject.of(model, dtype, tokenizer, kv)

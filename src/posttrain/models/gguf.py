@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from posttrain.errors import UserError
-from posttrain.models.base import Entry, Source, one_line
+from posttrain.models.base import Entry, Source, file_states
 from posttrain.models.gguf_config import Architecture, architecture, gguf_config
 from posttrain.models.gguf_file import PLAIN, GgufHeader, GgufTensor, read_gguf_header
+from posttrain.models.gguf_tokenizer import GgufTokenizer
 from posttrain.models.layout import check_coverage, tensor_slots
 from posttrain.models.shards import OpenFiles
 from posttrain.models.walk import skeleton
@@ -30,15 +31,15 @@ PROJECTIONS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-SPECIAL_TOKENS = {
-    "bos_token": "bos_token_id",
-    "eos_token": "eos_token_id",
-    "unk_token": "unknown_token_id",
-    "pad_token": "padding_token_id",
-}
-# Types whose values lie on a grid of 16 steps in each group of GROUP (a part of Q4_K's blocks).
-FOUR_BIT = ("Q4_0", "Q4_1", "Q4_K")
-GROUP = 32
+# Types whose values lie on a grid of 16 steps in each group -> its size (a part of Q4_K's blocks).
+FOUR_BIT = {
+    "Q4_0": 32, "Q4_1": 32, "Q4_K": 32, "IQ4_NL": 32, "IQ4_XS": 32, "MXFP4": 32, "NVFP4": 16,
+}  # fmt: skip
+FEWER_BITS = (
+    "Q2_K", "Q3_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0",
+    "TQ2_0", "Q1_0",
+)  # fmt: skip
+FLATTER = "on this model flatter grids that match"
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
@@ -55,7 +56,7 @@ def demo_path() -> Path:
 
 
 class GgufSource(Source):
-    """One GGUF file: tensors come out in float32 under their transformers names."""
+    """A GGUF file, or the first of its parts: tensors come out in float32 under their transformers names."""
 
     kind = "gguf"
     quantization_config = None
@@ -68,7 +69,7 @@ class GgufSource(Source):
         self.config = gguf_config(header, path)
         self._entries = _entries(header, architecture(header, path), self.config, path)
         self._identity = _identity(header, self.config, path)
-        self._special_tokens = _special_tokens(header)
+        self._tokenizer = GgufTokenizer.of(header.metadata)
         self._weights = _weights_by_type(header)
 
     @property
@@ -78,29 +79,10 @@ class GgufSource(Source):
 
     @property
     def notes(self) -> list[str]:
-        found = [kind for kind in FOUR_BIT if kind in self._weights]
-        if not found:
-            return []
-        share = sum(self._weights[kind] for kind in found) / self._weights.total()
-        grid = f"4-bit grid (GGUF {' and '.join(found)}, groups of {GROUP})"
-        flatters = "4-bit results on this model flatter grids that match"
-        return [f"{share:.0%} of the weights come from a {grid}: {flatters}"]
+        return [*_coarse_grids(self._weights), *self._tokenizer.notes]
 
     def tokenizer(self) -> Any:
-        from transformers import PreTrainedTokenizerFast
-
-        try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(
-                str(self.path.parent), gguf_file=self.path.name
-            )
-        except Exception as error:  # the tokenizer libraries raise bare Exception for bad files
-            raise UserError(
-                f"{self.path}: cannot build its tokenizer: {one_line(error)}"
-            ) from error
-        tokenizer.name_or_path = self.name
-        for role, token in self._special_tokens.items():
-            setattr(tokenizer, role, token)
-        return tokenizer
+        return self._tokenizer.build(self.path, self.name)
 
     def copy_side_files(self, out_dir: str | Path) -> None:
         from transformers import GenerationConfig
@@ -116,19 +98,32 @@ def _weights_by_type(header: GgufHeader) -> Counter[str]:
     return counts
 
 
-def _special_tokens(header: GgufHeader) -> dict[str, str]:
-    """Role -> token as the file says it; transformers versions differ in what they take over."""
-    data = header.metadata
-    tokens = data.get("tokenizer.ggml.tokens", [])
-    ids = {role: data.get(f"tokenizer.ggml.{key}") for role, key in SPECIAL_TOKENS.items()}
-    return {role: tokens[i] for role, i in ids.items() if i is not None and i < len(tokens)}
+def _coarse_grids(weights: Counter[str]) -> list[str]:
+    """What flatters results, a sentence for each kind of grid of 4 bits or fewer."""
+    four = [kind for kind in FOUR_BIT if kind in weights]
+    fewer = [kind for kind in FEWER_BITS if kind in weights]
+    groups = " and ".join(str(size) for size in sorted({FOUR_BIT[kind] for kind in four}))
+    found = []
+    if four:
+        grid = f"a 4-bit grid (GGUF {' and '.join(four)}, groups of {groups})"
+        found.append(f"{_share(weights, four)} {grid}: 4-bit results {FLATTER}")
+    if fewer:
+        grid = f"a grid of fewer than 4 bits (GGUF {' and '.join(fewer)})"
+        found.append(f"{_share(weights, fewer)} {grid}: results in 4 bits or fewer {FLATTER}")
+    return found
+
+
+def _share(weights: Counter[str], kinds: list[str]) -> str:
+    share = sum(weights[kind] for kind in kinds) / weights.total()
+    return f"{share:.0%} of the weights come from"
 
 
 def _identity(header: GgufHeader, config: Any, path: Path) -> dict[str, Any]:
     fields = config.to_dict()
     fields.pop("transformers_version", None)
     tensors = [[n, list(t.shape), t.type.name, t.start] for n, t in sorted(header.tensors.items())]
-    return {"config": fields, "tensors": tensors, "files": {"gguf": path.stat().st_size}}
+    files = {path} | {tensor.file for tensor in header.tensors.values()}
+    return {"config": fields, "tensors": tensors, "files": file_states(files)}
 
 
 # ----------------------------------------------------------------------------------------- names

@@ -5,6 +5,7 @@ file (Gemma's attention scale, SmolLM3's layers without rotary embedding) is tak
 places llama.cpp takes it from.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,18 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
+}
+# transformers' name of a parameter of yarn -> its key, where both mean the same.
+YARN = {
+    "original_max_position_embeddings": "original_context_length",
+    "beta_fast": "yarn_beta_fast",
+    "beta_slow": "yarn_beta_slow",
+}
+# What transformers has no parameter for -> the values that change nothing (-1 stands for unset).
+YARN_FIXED = {
+    "yarn_ext_factor": (1.0, -1.0),
+    "yarn_attn_factor": (1.0,),
+    "yarn_log_multiplier": (0.0,),
 }
 
 PLAIN_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
@@ -142,6 +155,7 @@ def _fields(header: GgufHeader, file: Path, row: Architecture) -> dict[str, Any]
         raise UserError(f"{file}: layers with different head counts are not supported")
     fields["num_key_value_heads"] = data.get(f"{arch}.attention.head_count_kv", heads)
     fields["head_dim"] = _head_dim(data, arch, fields)
+    _check_values(data, f"{arch}.rope.", {"dimension_count": (fields["head_dim"],)}, file)
     fields["vocab_size"] = _rows(header, file, "token_embd.weight")
     fields["tie_word_embeddings"] = "output.weight" not in header.tensors
     if row.model_type == "llama":
@@ -186,16 +200,42 @@ def _rope(
 
 
 def _scaling(data: Mapping[str, Any], arch: str, file: Path) -> dict[str, Any]:
-    kind = data.get(f"{arch}.rope.scaling.type", "none")
+    """The scaling as llama.cpp reads it: linear where no type is named, off where nothing is."""
+    prefix = f"{arch}.rope.scaling."
+    factor = data.get(f"{prefix}factor", data.get(f"{arch}.rope.scale_linear"))
+    kind = data.get(f"{prefix}type", "linear" if factor else "none")
+    if kind not in ("none", "linear", "yarn"):
+        raise UserError(f"{file}: rotary scaling {kind!r} is not supported (linear and yarn are)")
+    if kind != "yarn":
+        _check_values(data, prefix, {"attn_factor": (1.0,)}, file)
     if kind == "none":
         return {"rope_type": "default"}
-    if kind not in ("linear", "yarn"):
-        raise UserError(f"{file}: rotary scaling {kind!r} is not supported (linear and yarn are)")
-    rope: dict[str, Any] = {"rope_type": kind, "factor": float(data[f"{arch}.rope.scaling.factor"])}
-    original = data.get(f"{arch}.rope.scaling.original_context_length")
-    if kind == "yarn" and original is not None:
-        rope["original_max_position_embeddings"] = int(original)
-    return rope
+    if factor is None:
+        raise UserError(f"{file}: its rotary scaling is {kind!r}, but {prefix}factor is missing")
+    rope = {"rope_type": kind, "factor": float(factor) or 1.0}
+    return rope | _yarn(data, prefix, rope["factor"], file) if kind == "yarn" else rope
+
+
+def _yarn(data: Mapping[str, Any], prefix: str, factor: float, file: Path) -> dict[str, Any]:
+    """transformers' further parameters of yarn. Its `attention_factor` is the whole factor of the
+    angles' cosines and sines, while attn_factor multiplies what yarn has by itself."""
+    _check_values(data, prefix, YARN_FIXED, file)
+    found = {name: data[prefix + key] for name, key in YARN.items() if prefix + key in data}
+    attention = float(data.get(f"{prefix}attn_factor", 1.0))
+    if attention != 1.0:
+        found["attention_factor"] = attention * (1 + 0.1 * math.log(max(factor, 1.0)))
+    return found
+
+
+def _check_values(
+    data: Mapping[str, Any], prefix: str, allowed: Mapping[str, tuple[float, ...]], file: Path
+) -> None:
+    for key, values in allowed.items():
+        value = data.get(prefix + key, values[0])
+        if value not in values:
+            raise UserError(
+                f"{file}: {prefix}{key} is {value}, which is not supported (only {values[0]} is)"
+            )
 
 
 def _llama3_scaling(header: GgufHeader, file: Path, theta: float, head_dim: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,10 +21,11 @@ from gguf.quants import dequantize
 from posttrain.errors import UserError
 from posttrain.models.shards import OpenFiles
 
-# The tensor types that are read; every one has a dequantizer in the gguf package.
-READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 VERSIONS = (2, 3)
+# How llama.cpp names the parts of a model: its name, the number of the part, how many there are.
+PART = "{stem}-{number:05d}-of-{count:05d}.gguf"
+MERGE = "or merge the parts with `llama-gguf-split --merge` and give the merged file"
 DEFAULT_ALIGNMENT = 32
 # Metadata value types (enum gguf_metadata_value_type) with a fixed size, as struct codes.
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
@@ -66,6 +68,22 @@ def _dequantize(raw: torch.Tensor, kind: GGMLQuantizationType) -> torch.Tensor:
     if plain is not None:
         return raw.view(plain).float()
     return torch.from_numpy(dequantize(raw.numpy().reshape(1, -1), kind)).reshape(-1)
+
+
+@cache
+def readable() -> tuple[str, ...]:
+    """The tensor types that are read: those that the gguf package can dequantize."""
+    return tuple(kind.name for kind in GGMLQuantizationType if _has_dequantizer(kind))
+
+
+def _has_dequantizer(kind: GGMLQuantizationType) -> bool:
+    if kind.name in PLAIN:
+        return True
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except (NotImplementedError, KeyError):
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -116,14 +134,44 @@ class _Cursor:
 
 
 def read_gguf_header(file: Path) -> GgufHeader:
+    """The header of a model: of one file, with the tensors of the other parts where it was split.
+
+    UserError for a file that is not whole or not readable, and for parts that are missing.
+    """
+    first = _read_header(file)
+    count = int(first.metadata.get("split.count", 1))
+    if count <= 1:
+        return first
+    tensors = dict(first.tensors)
+    for part in _parts(file, first, count)[1:]:
+        tensors |= _read_header(part).tensors
+    return GgufHeader(first.metadata, tensors)
+
+
+def _parts(file: Path, first: GgufHeader, count: int) -> list[Path]:
+    """The files of a split model, in order; `file` must be the first of them."""
+    number = int(first.metadata.get("split.no", 0)) + 1
+    ending = PART.format(stem="", number=number, count=count)
+    said = f"{file}: part {number} of {count} of a split model"
+    if not file.name.endswith(ending):
+        raise UserError(f"{said}, whose name must end in {ending}: rename it, {MERGE}")
+    stem = file.name.removesuffix(ending)
+    names = [PART.format(stem=stem, number=i + 1, count=count) for i in range(count)]
+    if number != 1:
+        raise UserError(f"{said}: give the first part, {names[0]}, {MERGE}")
+    missing = [name for name in names if not (file.parent / name).is_file()]
+    if missing:
+        raise UserError(f"{said}, but {missing[0]} is not beside it: put it there, {MERGE}")
+    return [file.parent / name for name in names]
+
+
+def _read_header(file: Path) -> GgufHeader:
     """Parse and check one GGUF file; UserError when it is not whole or not readable."""
     with file.open("rb") as stream:
         cursor = _Cursor(stream, file)
         if cursor.bytes(4) != b"GGUF":
             raise UserError(f"{file}: not a GGUF file: it does not begin with the letters GGUF")
-        version = cursor.unpack("I")
-        if version not in VERSIONS:
-            raise UserError(f"{file}: GGUF version {version}; posttrain reads versions 2 and 3")
+        _check_version(file, cursor.unpack("I"))
         tensor_count, key_count = cursor.unpack("Q"), cursor.unpack("Q")
         metadata = {cursor.text(): cursor.value(cursor.unpack("I")) for _ in range(key_count)}
         table = list(_table(cursor, tensor_count))
@@ -135,6 +183,17 @@ def read_gguf_header(file: Path) -> GgufHeader:
     }
     _check_size(file, tensors)
     return GgufHeader(metadata, tensors)
+
+
+def _check_version(file: Path, version: int) -> None:
+    if version in VERSIONS:
+        return
+    if int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS:
+        raise UserError(
+            f"{file}: a big-endian GGUF file; convert it with `gguf-convert-endian` (of the gguf "
+            "package) to little"
+        )
+    raise UserError(f"{file}: GGUF version {version}; posttrain reads versions 2 and 3")
 
 
 def _table(cursor: _Cursor, count: int) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
@@ -150,10 +209,10 @@ def _type(file: Path, name: str, kind: int) -> GGMLQuantizationType:
         found = GGMLQuantizationType(kind)
     except ValueError:
         found = None
-    if found is None or found.name not in READABLE:
+    if found is None or found.name not in readable():
         label = found.name if found is not None else f"number {kind}"
         raise UserError(
-            f"{file}: tensor {name} is stored as type {label}; posttrain reads {', '.join(READABLE)}"
+            f"{file}: tensor {name} is stored as type {label}; posttrain reads {', '.join(readable())}"
         )
     return found
 

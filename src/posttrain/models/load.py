@@ -306,12 +306,13 @@ def _load_foreign(source: Source, method: str, dtype: torch.dtype) -> tuple[Any,
             + did_you_mean(method, known)
         )
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        both: Any = AutoModelForCausalLM.from_pretrained(
             source.path, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # the libraries of other tools raise whatever their authors chose
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{source.path}: transformers cannot load {method}: {reason}") from error
+    model, found = both
     unset = sorted(set(found["missing_keys"]) | {name for name, *_ in found["mismatched_keys"]})
     notes: list[str] = []
     if unset:  # transformers says so in a log
