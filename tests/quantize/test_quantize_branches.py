@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from posttrain.errors import UserError
+from posttrain.models.checkpoint import CheckpointWriter
 from posttrain.models.load import load
 from posttrain.quantize import distill as distilling
 from posttrain.quantize import quantize
 from posttrain.quantize.distill import Distillation, _batch
+from posttrain.quantize.job import demand, prepare
 from posttrain.quantize.recipe import load_recipe, parse_recipe
 
 CALIBRATION = {"samples": 8, "window": 32, "progress": False}
@@ -167,3 +169,52 @@ def test_a_budget_counts_branches(tiny_llama, tmp_path, recipe):
     found = quantize(tiny_llama, recipe=path, out=tmp_path / "b", bits=asked, **CALIBRATION)
     assert found["bits_per_weight"] == found["search"]["predicted_bits_per_weight"] <= asked
     assert all(layer["branches"] for layer in found["layers"])
+
+
+@pytest.mark.parametrize("rate", ["0.01", "1.0e-12"])  # branches that are kept, or as they were
+def test_killed_while_shards_are_written_again_it_ends_with_the_same_bytes(
+    tiny_llama, tmp_path, recipe, monkeypatch, rate
+):
+    path = recipe(SVD, f"distill: {{steps: 6, batch: 2, rate: {rate}}}\n")
+    quantize(tiny_llama, recipe=path, out=tmp_path / "whole", **CALIBRATION)
+    write, writes = CheckpointWriter.write_shard, []
+
+    def dies(self, index, tensors):
+        writes.append(index)
+        if len(writes) in (6, 9):  # the second block's shard is due, in this attempt and the next
+            raise KeyboardInterrupt
+        return write(self, index, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "write_shard", dies)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                quantize(tiny_llama, recipe=path, out=tmp_path / "killed", **CALIBRATION)
+    assert writes == [1, 2, 3, 0, 1, 2, 0, 1, 2]
+    quantize(tiny_llama, recipe=path, out=tmp_path / "killed", **CALIBRATION)
+    assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
+
+
+def test_a_full_disk_while_training_is_said_with_the_name_of_the_file(
+    tiny_llama, tmp_path, recipe, monkeypatch
+):
+    def full(*args):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    path = recipe(SVD, "distill: {steps: 2, batch: 2}\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(UserError, match=r"distill\.pt: cannot be written: Pytorch"):
+            quantize(tiny_llama, recipe=path, out=tmp_path / "out", **CALIBRATION)
+    assert quantize(tiny_llama, recipe=path, out=tmp_path / "out", **CALIBRATION)["distilled"]
+
+
+def test_a_large_seed_orders_windows_too():
+    assert sorted(_batch(5, 5, 0, seed=2**63 - 1).tolist()) == list(range(5))
+
+
+def test_the_memory_of_the_teacher_is_counted_where_it_is_the_larger(tiny_llama, tmp_path, recipe):
+    settings = load_recipe(recipe(TRAINED, "distill: {steps: 2, batch: 1}\n"))
+    settings = settings.override(samples=8, window=32)
+    job = prepare(str(tiny_llama), settings, tmp_path / "out", 0, None)
+    assert demand(job).distill > 3 * 4 * job.batch * 32 * 49152 > 10 * 4 * 5 * 32 * 49152

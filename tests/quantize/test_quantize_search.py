@@ -527,3 +527,51 @@ def test_the_loaded_model_answers_near_the_full_one(found, model):
         full = load(model, dtype=torch.float32)(text).logits
         small = load(found[1], dtype=torch.float32)(text).logits
     assert torch.nn.functional.cosine_similarity(full, small, dim=-1).min() > 0.9
+
+
+AWQ_RECIPE = RECIPE.replace("transform: smooth", "transform: awq")
+
+
+@pytest.mark.parametrize("method", ["cheap", "exact"])
+def test_a_transform_that_searches_by_the_formats_is_told_them(method, model, tmp_path):
+    (tmp_path / "awq.yaml").write_text(AWQ_RECIPE)
+    ask = {"recipe": tmp_path / "awq.yaml", "progress": False}
+    result = quantize(
+        model, out=tmp_path / "o", bits=5.0, scan=method, candidates="w4g32,w6g32", **ask
+    )
+    assert result["recipe"]["transform"]["name"] == "awq" and result["bits_per_weight"] <= 5
+    rows = scan(model, method=method, weights=["w4g32"], inputs=[], **ask)["rows"]
+    assert len(rows) == len(result["search"]["groups"])
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_of_widths_of_one_size_the_first_named_is_taken(turned):
+    names = ["int4 | fp16/g16", "e2m1 | fp16/g16", "int4 | bf16/g16"]
+    names = names[::-1] if turned else names
+    groups = scanner("llama").groups
+    asked = Search(bits=8.0, candidates=tuple(str(spec(name)) for name in names))
+    sizes = search.Sizes(parameters=10**6, kept=0, padded=False)
+    assert {str(form) for form in search.uniform(asked, groups, sizes)} == {str(spec(names[0]))}
+
+
+@pytest.mark.parametrize("seed", [10**20, -(10**20)])
+def test_a_seed_no_generator_takes_is_said_at_once(seed, model, recipe, tmp_path):
+    with pytest.raises(UserError, match="seed must be a whole number below"):
+        quantize(model, recipe=recipe, out=tmp_path / "o", seed=seed, progress=False)
+
+
+def test_a_window_past_learned_positions_is_said_at_once(tiny, recipe, tmp_path, capsys):
+    learned = tiny("OPT", max_position_embeddings=24, ffn_dim=64, word_embed_proj_dim=32)
+    with pytest.raises(UserError, match="window: 32 tokens, and this model has 24 positions"):
+        quantize(learned, recipe=recipe, out=tmp_path / "o", progress=False)
+    with pytest.raises(UserError, match="window: 25 tokens"):
+        scan(learned, recipe=recipe, window=25, progress=False)
+    rotary = tiny("Llama", max_position_embeddings=24)
+    quantize(rotary, recipe=recipe, out=tmp_path / "r", progress=False)
+    assert "window: 32 tokens are more than the 24" in capsys.readouterr().err
+
+
+def test_a_plan_found_leaves_the_cache_as_the_recipe_has_it(model):
+    settings = parse_recipe("{kv: int4, " + 'layers: [{match: "*", weight: int4 | fp16/g32}]}', "x")
+    job = budget.prepare(str(model), settings, Path("o"), 0, None, Search(bits=5.0))
+    assert job.writer.kv is not None and job.replanned(settings).writer.kv == job.writer.kv

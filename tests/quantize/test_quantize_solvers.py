@@ -242,3 +242,41 @@ def test_the_search_for_scales_misses_nothing_by_ending_early(text, shape):
         errors = torch.stack([block_sum(e.square(), spec.factors[0].partition) for e in tried])
         best = torch.tensor(ratios)[errors.argmin(0)]
         assert torch.equal(MSEGrid().best_ratio(found), best)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_dead_inputs_do_not_change_how_the_others_are_damped(scale):
+    """Whatever the units of the inputs are, and whether a channel is there or silent."""
+    weight, x, _ = problem(4)
+    x, spec = x * scale, Spec.parse("int3 | fp32/row")
+    x[:, 40:] = 0
+    weight[:, 40:] *= 1e-6  # no part in the scale of its row
+    moments, without = (InputMoments(torch.zeros(n, n)) for n in (COLUMNS, 40))
+    moments.add(x)
+    without.add(x[:, :40])
+    solver = GPTQ(damping=0.1)
+    solved = solver.solve(Problem(weight, spec, moments)).codes[:, :40]
+    assert torch.equal(solved, solver.solve(Problem(weight[:, :40], spec, without)).codes)
+
+
+def test_an_input_that_is_prepared_in_two_ways_is_counted_for_each():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.up = (torch.nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            return self.q(x) + self.k(x) + self.up(x)
+
+    block = Block()
+    prepare = {"q": torch.neg, "k": torch.neg, "up": torch.relu}
+    kinds = {"q": (True, None), "k": (True, None), "up": (False, None)}
+    collector = MomentCollector(dict(block.named_children()), prepare, kinds=kinds)
+    x = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
+    for batch in x.split(2):
+        with collector.listening(), torch.no_grad():
+            block(batch)
+    assert collector.of("q") is collector.of("k") is not collector.of("up")
+    for name in ("q", "up"):
+        rows = prepare[name](x).reshape(-1, 8)
+        torch.testing.assert_close(collector.of(name).gram, rows.T @ rows)

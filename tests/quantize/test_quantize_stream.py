@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from posttrain.errors import UserError
 from posttrain.models.source import open_source
 from posttrain.quantize.activations import ActivationStore
 from posttrain.quantize.stream import BlockStream
@@ -58,3 +59,15 @@ def test_a_resumed_stream_learns_the_calls_without_refilling(tiny_llama, tmp_pat
     with stream.loaded(0), again.loaded(0):
         x = store.get(0, 2)
         assert torch.equal(stream.run(0, x), again.run(0, x))
+
+
+@pytest.mark.parametrize("batch", [2, 5])
+def test_block_arguments_that_depend_on_the_tokens_are_refused_by_name(tiny_llama, tmp_path, batch):
+    tokens = torch.randint(3, 49152, (5, 24), generator=torch.Generator().manual_seed(0))
+    stream = BlockStream(open_source(tiny_llama))
+    rotary = stream.model.model.rotary_emb
+    plain = rotary.forward
+    rotary.forward = lambda x, position_ids: (plain(x, position_ids)[0], x[..., :8])
+    store = ActivationStore(tmp_path, (5, 24, 32), budget=1 << 30)
+    with pytest.raises(UserError, match=r"position_embeddings\[1\], which depends on the tokens"):
+        stream.embed(tokens, batch, store)

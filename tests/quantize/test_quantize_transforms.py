@@ -38,6 +38,7 @@ FAMILIES = {
     "StableLm": ({"use_qkv_bias": True}, 6),
 }
 TOKENS = torch.randint(3, 49152, (2, 25), generator=torch.Generator().manual_seed(0))
+MANY = torch.randint(3, 49152, (16, 50), generator=torch.Generator().manual_seed(0))
 
 
 def loud(folder, dtype=torch.float32):
@@ -54,14 +55,14 @@ def loud(folder, dtype=torch.float32):
     return folder
 
 
-def logits(folder):
+def logits(folder, tokens=TOKENS):
     with torch.no_grad():
-        return load(folder, dtype=torch.float32)(TOKENS).logits
+        return load(folder, dtype=torch.float32)(tokens).logits
 
 
-def distance(folder, reference):
-    expected = logits(reference)
-    return (logits(folder) - expected).norm() / expected.norm()
+def distance(folder, reference, tokens=TOKENS):
+    expected = logits(reference, tokens)
+    return (logits(folder, tokens) - expected).norm() / expected.norm()
 
 
 def run(model, recipe, tmp_path, name="out"):
@@ -123,7 +124,8 @@ def test_loud_channels_cost_less_when_smoothed(tiny, tmp_path):
     recipe = A8 + "ignore: [lm_head]\n"
     run(model, recipe, tmp_path, "plain")
     run(model, recipe + "transform: {name: smooth, alpha: 0.9}\n", tmp_path, "smooth")
-    assert distance(tmp_path / "smooth", model) < 0.6 * distance(tmp_path / "plain", model)
+    smooth, plain = (distance(tmp_path / name, model, MANY) for name in ("smooth", "plain"))
+    assert smooth < 0.6 * plain  # over few tokens it is between 0.5 and 0.9, by chance
 
 
 class Shared(nn.Module):

@@ -12,17 +12,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from posttrain.errors import UserError
 from posttrain.models import compressed_tensors, native, storage
-from posttrain.models.base import Entry, Source
+from posttrain.models.base import Entry, Source, one_line
 from posttrain.models.directory import MARKER
 from posttrain.models.plan import LayerPlan, shorten
 from posttrain.models.shards import StoredTensor, read_header
@@ -146,11 +148,12 @@ class CheckpointWriter:
         path = self.shard_path(index)
         ordered = {name: tensors[name].detach().contiguous() for name in sorted(tensors)}
         part = self.out_dir / PARTS / path.name
-        part.parent.mkdir(exist_ok=True)
-        save_file(ordered, part, metadata=SHARD_METADATA)
-        # It comes out readable by its owner only; the marker has the mode the user's files have.
-        part.chmod((self.out_dir / MARKER).stat().st_mode)
-        _commit(part, path)
+        with writing(path):
+            part.parent.mkdir(exist_ok=True)
+            save_file(ordered, part, metadata=SHARD_METADATA)
+            # It comes out readable by its owner only; the marker has the mode of the user's files.
+            part.chmod((self.out_dir / MARKER).stat().st_mode)
+            _commit(part, path)
         return path
 
     def finish(self, metadata: Mapping[str, Any] | None = None) -> None:
@@ -258,6 +261,20 @@ def check_finished(path: Path) -> None:
             f"{path}: unfinished: quantization was interrupted here; resume with the same "
             f"`posttrain quantize ... -o {path}` command"
         )
+
+
+@contextmanager
+def writing(path: Path, *also: type[Exception]) -> Iterator[None]:
+    """UserError, which names `path`, where a file of an interruptible run cannot be written: most
+    often the disk is full. `also`: what a writer raises besides OSError and SafetensorError."""
+    expected: tuple[type[Exception], ...] = (OSError, SafetensorError, *also)
+    try:
+        yield
+    except expected as error:
+        raise UserError(
+            f"{path}: cannot be written: {one_line(error)}; make room, and the same command "
+            "goes on where it stopped"
+        ) from error
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -5,11 +5,14 @@ size x 4 bytes). Past `budget` they live in two files used in turn, read and wri
 time with plain file calls: a memory map would count as resident memory.
 """
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from posttrain.models.checkpoint import writing
 
 
 class ActivationStore:
@@ -26,11 +29,16 @@ class ActivationStore:
         self.nbytes = 4 * shape[0] * shape[1] * shape[2]
         self.spilled = self.nbytes > budget
         self._parity = 0
+        self._restored: Path | None = None  # a snapshot that is read in place until `advance`
         self._memory = None if self.spilled else torch.empty(shape)
         folder.mkdir(parents=True, exist_ok=True)
 
     def _file(self, parity: int) -> Path:
         return self.folder / f"activations-{parity}.bin"
+
+    @property
+    def _current(self) -> Path:
+        return self._restored or self._file(self._parity)
 
     def get(self, start: int, stop: int) -> torch.Tensor:
         """Current inputs of samples `start..stop` (cut at the last), a copy."""
@@ -38,7 +46,7 @@ class ActivationStore:
         if self._memory is not None:
             return self._memory[start:stop].clone()
         batch = torch.empty((stop - start, *self.shape[1:]))
-        with self._file(self._parity).open("rb", buffering=0) as file:
+        with self._current.open("rb", buffering=0) as file:
             file.seek(start * self._row_bytes)
             _read_exactly(file, _bytes(batch))
         return batch
@@ -51,27 +59,28 @@ class ActivationStore:
             self._memory[start : start + batch.shape[0]] = batch
             return
         path = self._file(1 - self._parity)
-        path.touch()
-        with path.open("r+b", buffering=0) as file:
-            file.seek(start * self._row_bytes)
-            file.write(_bytes(batch))
+        with writing(path):
+            path.touch()
+            with path.open("r+b", buffering=0) as file:
+                file.seek(start * self._row_bytes)
+                _write_exactly(file, _bytes(batch))
 
     def advance(self) -> None:
-        self._parity = 1 - self._parity
+        self._parity, self._restored = 1 - self._parity, None
 
     def snapshot(self, index: int) -> str:
         """Make the inputs of block `index` durable; the returned file name restores them."""
         if self.reference is not None:
             self.reference.snapshot(index)  # under the same name in its own folder
         if self._memory is None:
-            path = self._file(self._parity)
-            with path.open("rb") as file:
+            path = self._current
+            with writing(path), path.open("rb") as file:
                 os.fsync(file.fileno())
             return path.name
         path = self.folder / f"inputs-of-block-{index}.bin"
-        with path.open("wb", buffering=0) as file:
+        with writing(path), path.open("wb", buffering=0) as file:
             for sample in self._memory:
-                file.write(_bytes(sample))
+                _write_exactly(file, _bytes(sample))
             os.fsync(file.fileno())
         return path.name
 
@@ -83,9 +92,9 @@ class ActivationStore:
         if not path.is_file() or path.stat().st_size != self.nbytes:
             return False
         if self._memory is None:
-            if path.name not in (self._file(0).name, self._file(1).name):
-                path = path.replace(self._file(0))
-            self._parity = int(path == self._file(1))
+            # The file keeps its name: the next attempt looks for it if this one dies early.
+            self._restored = path
+            self._parity = int(path != self._file(0))
             return True
         with path.open("rb", buffering=0) as file:
             for sample in self._memory:
@@ -109,6 +118,15 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
     values: Any = tensor.numpy()
     return memoryview(values).cast("B")
+
+
+def _write_exactly(file: Any, view: memoryview) -> None:
+    """A plain write may take only part: the disk fills, or there are 2 GiB or more."""
+    while view.nbytes:
+        count = file.write(view)
+        if not count:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+        view = view[count:]
 
 
 def _read_exactly(file: Any, view: memoryview) -> None:

@@ -210,7 +210,7 @@ def _scanner(job: Job, weights: Formats, inputs: Formats, progress: bool) -> Ite
     settings = job.settings
     if settings.transform is not None:
         inside = [name for name in job.layers if name not in job.targets[""]]
-        transformed(model, settings.transform, inside, job.source.dtype, job.scanned)
+        transformed(model, settings.transform, inside, job.source.dtype, job.scanned, job.layers)
     groups = groups_of(job.flat, job.layers)
     scanner = Scan(model, groups, weights, inputs, settings.solver, progress)
     del model

@@ -52,6 +52,7 @@ class MomentCollector:
         linears: full name -> module.
         prepare: full name -> what is done to an input before it counts (activation
             quantization), so that the solver minimises the error of the product that will run.
+        kinds: full name -> what tells one preparation from another; only linears of one kind share.
         first_token_weight: how often the first token of each window counts. Most heads attend to
             it whatever else they see (an attention sink: Xiao et al. 2023, arXiv:2309.17453), so an
             error in its value reaches every token, while it is one token among hundreds here.
@@ -60,6 +61,7 @@ class MomentCollector:
     linears: Mapping[str, nn.Module]
     prepare: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
     first_token_weight: float = 1.0
+    kinds: Mapping[str, Any] = field(default_factory=dict)
     moments: dict[str, InputMoments] = field(default_factory=dict)
     owner: dict[str, str] = field(default_factory=dict)
     _held: list[int] = field(default_factory=list)
@@ -89,7 +91,9 @@ class MomentCollector:
             x = args[0]
             if name not in self.owner:
                 # `seen` keeps the tensors alive, so identity is not fooled by reused memory.
-                self.owner[name] = next((other for other, y in seen if y is x), name)
+                kind = self.kinds.get(name)
+                alike = (n for n, y in seen if y is x and self.kinds.get(n) == kind)
+                self.owner[name] = next(alike, name)
                 seen.append((name, x))
             if self.owner[name] == name:
                 self._accumulate(name, x)

@@ -10,7 +10,9 @@ on disk. The quantized weights stay as they are: the backward pass expands a par
 (`models.linear.FrozenProduct`).
 """
 
+import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -28,6 +31,7 @@ from posttrain.errors import UserError, did_you_mean
 from posttrain.evaluate.divergence import TopTarget
 from posttrain.kernels import fast_float32
 from posttrain.models.branches import LowRank
+from posttrain.models.checkpoint import writing
 
 SAVE_SECONDS = 30.0  # between copies of the training state
 HELD_BACK = 16  # one of so many windows tells whether training helped
@@ -224,7 +228,8 @@ def _batch(count: int, size: int, step: int, seed: int) -> Tensor:
     places = torch.arange(step * size, (step + 1) * size)
     passes: list[Tensor] = []
     for lap in (places // count).unique().tolist():
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 7919 + lap))
+        own = (seed * 7919 + lap) % (1 << 64)  # what a generator takes
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(own))
         passes.append(order[places[places // count == lap] % count])
     return torch.cat(passes)
 
@@ -234,8 +239,10 @@ def _save(
 ) -> None:
     part = path.with_suffix(".part")
     values = {name: parameter.detach() for name, parameter in parameters.items()}
-    torch.save({"step": step, "factors": values, "optimizer": optimizer.state_dict()}, part)
-    part.replace(path)
+    kept = {"step": step, "factors": values, "optimizer": optimizer.state_dict()}
+    with writing(path, RuntimeError):  # which is what torch makes of a full disk
+        torch.save(kept, part)
+        part.replace(path)
 
 
 def _restore(
@@ -255,12 +262,35 @@ def cached_targets(path: Path, compute: Callable[[], TopTarget]) -> TopTarget:
     """Teacher targets from a file, or computed and kept there."""
     if not path.is_file():
         made = compute()
-        part = path.with_suffix(".part")
         tensors = {"log_probability": made.log_probability, "token": made.token.int()}
-        save_file({name: t.contiguous() for name, t in tensors.items()}, part)
-        part.replace(path)
+        _save_tensors(path, tensors)
     kept = load_file(path)
     return TopTarget(kept["log_probability"], kept["token"])
+
+
+def cached_training(
+    path: Path, train: Callable[[], tuple[dict[str, Any], dict[str, Tensor]]]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `distill` found and the tensors it trained, from a file, or computed and kept there."""
+    if not path.is_file():
+        found, tensors = train()
+        _save_tensors(path, tensors, {"found": json.dumps(found)})
+    with safe_open(path, "pt") as file:
+        found = json.loads(file.metadata()["found"])
+    return found, load_file(path)
+
+
+def _save_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """All of them or no file."""
+    part = path.with_suffix(".part")
+    ordered = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with writing(path):
+        save_file(ordered, part, metadata)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
 
 
 def trained_tensors(student: Any) -> Iterator[tuple[str, Tensor]]:

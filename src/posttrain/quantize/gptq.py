@@ -90,9 +90,12 @@ def _inverse_cholesky(hessian: torch.Tensor, damping: float, log: Log) -> torch.
     """U with H^-1 = U^T U, U upper triangular, float32; damping raised until H is definite."""
     if not hessian.isfinite().all():
         raise UserError("gptq: calibration met NaN or infinite inputs; use another text, or rtn")
-    # A column that is never excited gets unit curvature: its error moves nowhere.
-    hessian = hessian + torch.diag((hessian.diagonal() <= 0).to(hessian.dtype))
-    mean = hessian.diagonal().mean()
+    # A column that is never excited gets unit curvature: its error moves nowhere. It has no part in
+    # the mean, which is in the units of the inputs.
+    dead = hessian.diagonal() <= 0
+    hessian = hessian + torch.diag(dead.to(hessian.dtype))
+    live = hessian.diagonal() if dead.all() or not dead.any() else hessian.diagonal()[~dead]
+    mean = live.mean()
     while True:
         damped = hessian + damping * mean * torch.eye(len(hessian), dtype=hessian.dtype)
         lower, failed = torch.linalg.cholesky_ex(damped)

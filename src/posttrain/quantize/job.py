@@ -15,6 +15,7 @@ from torch import nn
 from posttrain import __version__
 from posttrain.data.text import load_text, token_windows
 from posttrain.errors import UserError
+from posttrain.lm.context import beyond_context
 from posttrain.models.branches import LowRankPlan
 from posttrain.models.checkpoint import CheckpointWriter
 from posttrain.models.linear import require_plain_embedding
@@ -29,6 +30,7 @@ from posttrain.quantize.search import Search
 from posttrain.quantize.sensitivity import stored_shape
 from posttrain.quantize.stream import BlockStream
 
+SEEDS = 1 << 63  # what random generators take, on either side of 0
 BATCH_TOKENS = 4096  # per forward of a block: enough to keep two cores busy
 TIED_WITH_EMBEDDING = ("lm_head",)  # named by every recipe, absent where the head is tied
 
@@ -83,7 +85,7 @@ class Job:
         """The same run by a recipe with another plan for the same layers."""
         layers = settings.plan.resolve(self.flat)
         old = self.writer
-        writer = CheckpointWriter(self.out, self.source, layers, old.shapes, old.n_shards)
+        writer = CheckpointWriter(self.out, self.source, layers, old.shapes, old.n_shards, old.kv)
         return replace(self, settings=settings, layers=layers, writer=writer)
 
 
@@ -97,6 +99,8 @@ def prepare(
 ) -> Job:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a directory to write to")
+    if not -SEEDS <= seed < SEEDS:
+        raise UserError(f"seed must be a whole number below {SEEDS}; found {seed}")
     source = open_source(model)
     require_unquantized(source)
     stream = BlockStream(source)
@@ -121,6 +125,9 @@ def prepare(
     nothing = torch.empty(0, settings.calibration.window, dtype=torch.long)
     seen, text = nothing, None
     if settings.sees_text or search is not None:
+        note = beyond_context(stream.model, settings.calibration.window, "window")
+        if note is not None:
+            say(note)
         seen, text = calibration_windows(source, settings.calibration, seed)
     shapes = {name: stored_shape(target) for name, target in flat.items()}
     return Job(
@@ -223,6 +230,7 @@ def _fingerprint(
 # dequantized copy and its error for rounding; the working copy, steps and codes for GPTQ; what is
 # learnt, its gradient, Adam's two moments and what is kept to go backward for the others.
 SOLVE_BYTES = {"rtn": 16, "mse": 28, "gptq": 40, "adaround": 72, "zq-local": 80, "zq-global": 64}
+TEACHER_COPIES = 3  # of the logits, while the teacher's likeliest tokens are found
 BACKWARD_BYTES = 4 * 12  # per token and channel of the widest linear, kept to go backward
 ROTATED_BYTES = 4  # and of the rotated weight
 HEAD_PART = 1 << 23  # weights of an output head that are solved at a time
@@ -273,7 +281,8 @@ def demand(job: Job) -> Demand:
 
 
 def _distill_bytes(job: Job) -> int:
-    """Distilling holds the teacher whole, then the student and what its backward pass needs."""
+    """Distilling holds the teacher whole and the logits of a batch, then the student and what its
+    backward pass needs."""
     settings = job.settings.distill
     if settings is None:
         return 0
@@ -282,12 +291,14 @@ def _distill_bytes(job: Job) -> int:
     tokens = settings.batch * job.settings.calibration.window
     heads = config.num_attention_heads
     window = job.settings.calibration.window
+    # Logits, those of all tokens but the last, and what their normalisation makes of them.
+    teacher = 4 * TEACHER_COPIES * job.batch * window * config.vocab_size
     # Logits, their gradient and softmax; per block the inputs of its linears and the attention.
     logits = 4 * 5 * tokens * config.vocab_size
     kept = 4 * len(job.stream.blocks) * tokens * (
         8 * config.hidden_size + 4 * config.intermediate_size + heads * window
     )  # fmt: skip
-    return everything + logits + kept
+    return everything + max(teacher, logits + kept)
 
 
 def _kept_bytes(source: Source, names: list[str]) -> int:

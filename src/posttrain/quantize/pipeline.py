@@ -17,7 +17,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,8 +28,10 @@ from torch import nn
 from tqdm import tqdm
 
 from posttrain import __version__
+from posttrain.errors import UserError
 from posttrain.evaluate.divergence import TopTarget
 from posttrain.kernels import fast_float32
+from posttrain.models.base import DEMO, PICO
 from posttrain.models.branches import branch_dict
 from posttrain.models.checkpoint import write_json
 from posttrain.models.linear import QuantLinear, seen
@@ -45,7 +47,13 @@ from posttrain.quantize.beside import Fitted, compensate, set_apart
 from posttrain.quantize.blockwise import solve_block, teach
 from posttrain.quantize.budget import check_budget, scan_peak, with_plan
 from posttrain.quantize.calibration import InputMoments, MomentCollector
-from posttrain.quantize.distill import cached_targets, distill, teacher_targets, trained_tensors
+from posttrain.quantize.distill import (
+    cached_targets,
+    cached_training,
+    distill,
+    teacher_targets,
+    trained_tensors,
+)
 from posttrain.quantize.job import HEAD_PART, Job, demand, prepare, say
 from posttrain.quantize.memory import GIB, PeakMemory
 from posttrain.quantize.nearest import RTN
@@ -115,48 +123,55 @@ def quantize(
         UserError: bad model, recipe, text or output directory; a layer no rule covers; a budget
             that no choice of formats meets.
     """
+    if str(out) in (DEMO, PICO):
+        raise UserError(
+            f"out={str(out)!r} is the name of a built-in model, which every command would read "
+            "instead; choose another"
+        )
     settings = load_recipe(recipe).override(
         solver, transform, text=calibration, samples=samples, window=window, chat=chat
     )
     search = Search.asked(bits, max_bytes, scan, candidates)
     memory = PeakMemory()
-    with memory:
-        job = prepare(str(model), settings, Path(out), seed, memory_budget, search)
-        result = None if overwrite else finished_result(job.out, job.fingerprint)
-        if result is not None:
-            say(f"{job.out} already holds this result")
-            return {"out": str(job.out), **result}
-        if search is not None:
-            check_budget(job)
-        trim()
-        # From here on: libraries are imported and headers read, no weight is loaded yet.
-        searching = 0 if search is None else scan_peak(job)
-        job.predicted_peak = memory.now() + max(demand(job).peak, searching)
-        say(f"predicted peak memory {job.predicted_peak / GIB:.2f} GiB")
-        state = open_progress(job.out, job.fingerprint, resume, overwrite)
-        if state.next_block:
-            say(f"resuming at block {state.next_block} of {len(job.stream.blocks)}")
-        job.track = nested if progress else job.track
-        _say_what_is_rounded(job)
-        started = time.monotonic() - state.seconds
-        job = job if search is None else with_plan(job, state, progress)
-        _quantize_blocks(job, state, started, progress)
-        outside = _quantize_outside(job, say)
-        distilled = _distill(job, state, started, progress)
-        result = _result(job, state.layers + outside) | distilled
-        if state.search is not None:
-            result["search"] = state.search
-        job.writer.finish(result)
-    measured = {
-        "seconds": time.monotonic() - started,
-        "peak_rss_bytes": memory.peak,
-        "predicted_peak_bytes": job.predicted_peak,
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-    write_json(job.out / MEASURED, measured)
-    state.finish()
-    return {"out": str(job.out), **result, **measured}
+    with ExitStack() as run:  # the lock on `out` is held to its end
+        with memory:
+            job = prepare(str(model), settings, Path(out), seed, memory_budget, search)
+            result = None if overwrite else finished_result(job.out, job.fingerprint)
+            if result is not None:
+                say(f"{job.out} already holds this result")
+                return {"out": str(job.out), **result}
+            if search is not None:
+                check_budget(job)
+            trim()
+            # From here on: libraries are imported and headers read, no weight is loaded yet.
+            searching = 0 if search is None else scan_peak(job)
+            job.predicted_peak = memory.now() + max(demand(job).peak, searching)
+            say(f"predicted peak memory {job.predicted_peak / GIB:.2f} GiB")
+            state = open_progress(job.out, job.fingerprint, resume, overwrite)
+            run.callback(state.release)
+            if state.next_block:
+                say(f"resuming at block {state.next_block} of {len(job.stream.blocks)}")
+            job.track = nested if progress else job.track
+            _say_what_is_rounded(job)
+            started = time.monotonic() - state.seconds
+            job = job if search is None else with_plan(job, state, progress)
+            _quantize_blocks(job, state, started, progress)
+            outside = _quantize_outside(job, say)
+            distilled = _distill(job, state, started, progress)
+            result = _result(job, state.layers + outside) | distilled
+            if state.search is not None:
+                result["search"] = state.search
+            job.writer.finish(result)
+        measured = {
+            "seconds": time.monotonic() - started,
+            "peak_rss_bytes": memory.peak,
+            "predicted_peak_bytes": job.predicted_peak,
+            "machine": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
+        write_json(job.out / MEASURED, measured)
+        state.finish()
+        return {"out": str(job.out), **result, **measured}
 
 
 def _quantize_blocks(job: Job, state: Progress, started: float, progress: bool) -> None:
@@ -296,7 +311,9 @@ def _capture(
     }
     prepare = {name: partial(seen, layer=job.layers[name]) for name in linears}
     weight = job.settings.calibration.first_token_weight
-    collector = MomentCollector(linears, prepare, weight)
+    plans = {name: job.layers[name] for name in linears}
+    kinds = {name: (plan.rotate, plan.input, plan.outliers) for name, plan in plans.items()}
+    collector = MomentCollector(linears, prepare, weight, kinds)
     solver = job.settings.solver
     held = held_back(len(job.windows)) if solver.holds_back else []
     for start in range(0, len(job.windows), job.batch):
@@ -521,16 +538,20 @@ def _distill(job: Job, state: Progress, started: float, progress: bool) -> dict[
         teacher = load_source(job.source, COMPUTE_DTYPE)
         return teacher_targets(teacher, job.windows, settings.top, job.batch, progress)
 
-    targets = cached_targets(state.folder / "teacher.safetensors", teach)
-    trim()
-    student = load_source(job.writer.written(), COMPUTE_DTYPE, resident="native")
-    found = distill(
-        student, job.windows, targets, settings,
-        seed=job.seed, state=state.folder / "distill.pt", progress=progress,
-    )  # fmt: skip
+    def train() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        targets = cached_targets(state.folder / "teacher.safetensors", teach)
+        trim()
+        student = load_source(job.writer.written(), COMPUTE_DTYPE, resident="native")
+        found = distill(
+            student, job.windows, targets, settings,
+            seed=job.seed, state=state.folder / "distill.pt", progress=progress,
+        )  # fmt: skip
+        return found, dict(trained_tensors(student))
+
+    # Kept before the first shard is written again: a student is never read from mixed shards.
+    found, trained = cached_training(state.folder / "trained.safetensors", train)
     if not found["kept"]:
         say("distillation did not lower the loss on text held back: branches are as fitted")
-    trained = dict(trained_tensors(student))
     for index in range(len(job.stream.blocks) + 1):
         stored = _read_shard(job.writer.shard_path(index))
         if any(name in trained for name in stored):

@@ -252,7 +252,8 @@ def uniform(search: Search, groups: Sequence[Group], sizes: Sizes) -> list[Spec]
         {str(spec) if search.candidates else spec.bits: spec for spec in search.options(group)}
         for group in groups
     ]
-    shared = set(of_width[0]).intersection(*of_width[1:])
+    # In the order they were named in, so that of equal sizes always the same one is taken.
+    shared = [width for width in of_width[0] if all(width in known for known in of_width)]
     plans = [[known[width] for known in of_width] for width in shared]
     weighed = [(_stored(groups, plan, sizes), plan) for plan in plans]
     fitting = [both for both in weighed if both[0] <= sizes.budget(search)]

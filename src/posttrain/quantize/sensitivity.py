@@ -386,12 +386,14 @@ def transformed(
     planned: Sequence[str],
     stored: Callable[[str], torch.dtype],
     tokens: Tensor,
+    layers: Mapping[str, LayerPlan],
 ) -> None:
     """Change a model in memory as the pipeline will, by what it sees on token ids [windows, window].
 
     planned: layers inside blocks that will be quantized. stored: dtype of a parameter on disk.
+    layers: what each becomes by the recipe, for transforms that search by it.
     """
-    smoothing = Smoothing(transform, model, dict(model.named_modules()))
+    smoothing = Smoothing(transform, model, dict(model.named_modules()), layers)
     with smoothing.watching():
         for window in tokens[: transform.samples]:
             model(input_ids=window[None], use_cache=False)

@@ -1,5 +1,6 @@
 """One decoder block in memory at a time: load it from the source, run it, let it go."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -84,12 +85,34 @@ class BlockStream:
         for as_tuple in (False, True):
             recorder = _Recorder(as_tuple)
             if recorder.run(self.model, [block for _, block in self.blocks], tokens):
-                self._call[tokens.shape[0]] = recorder.calls
+                if len(tokens) not in self._call:
+                    probe = _Recorder(as_tuple)  # other tokens, however few batches there are
+                    probe.run(self.model, [block for _, block in self.blocks], tokens.flip(1))
+                    self._call[len(tokens)] = probe.calls
+                self._check_calls(recorder.calls, self._call[len(tokens)])
+                self._call[len(tokens)] = recorder.calls
                 return recorder.hidden
         raise UserError(
             f"cannot stream {type(self.model).__name__} block by block: its blocks change the "
             "shape of the hidden states; --solver rtn --transform none needs no text to run through it"
         )
+
+    def _check_calls(self, calls: list[_Call], others: list[_Call]) -> None:
+        """UserError unless blocks are called alike whatever the tokens are: all windows are run with
+        what those of one batch were called with."""
+        compared: set[tuple[int, int]] = set()  # most blocks are handed the very same tensors
+        for (_, block), call, other in zip(self.blocks, calls, others, strict=True):
+            before = _tensors(block, other)
+            for name, tensor in _tensors(block, call).items():
+                old = before.get(name, tensor)
+                pair = (id(tensor), id(old))
+                if pair not in compared and not torch.equal(tensor, old):
+                    raise UserError(
+                        f"cannot stream {type(self.model).__name__} block by block: its blocks are "
+                        f"given {name}, which depends on the tokens; --solver rtn --transform none "
+                        "needs no text to run through it"
+                    )
+                compared.add(pair)
 
     @torch.no_grad()
     def run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -138,6 +161,20 @@ class _Recorder:
         self._uniform &= hidden_states.shape == self.hidden.shape
         self.calls.append((args, kwargs))
         return (hidden_states,) if self.as_tuple else hidden_states
+
+
+def _tensors(block: nn.Module, call: _Call) -> dict[str, torch.Tensor]:
+    """The tensors among the arguments of a block but the first, also in tuples, by name."""
+    args, kwargs = call
+    positional = list(inspect.signature(type(block).forward).parameters)[2:]  # past self and hidden
+    positional += [f"argument {i}" for i in range(len(positional) + 1, len(args) + 1)]
+    found: dict[str, torch.Tensor] = {}
+    for name, value in (*zip(positional, args, strict=False), *kwargs.items()):
+        parts = value if isinstance(value, (tuple, list)) else [value]
+        for i, part in enumerate(parts):
+            if isinstance(part, torch.Tensor) and not part.is_meta:
+                found[name if part is value else f"{name}[{i}]"] = part
+    return found
 
 
 def _module_of(model: nn.Module, tensor: str) -> nn.Module:
