@@ -360,19 +360,6 @@ def test_a_redo_killed_while_its_files_are_read_is_not_done_again(monkeypatch):
     assert CALLS[0][1]["overwrite"], "another result than the one that was left"
 
 
-def test_a_stage_may_note_more_than_its_verb(monkeypatch):
-    def noted(options: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-        return result | {"notes": [f"size {options['size']}"]}
-
-    monkeypatch.setattr(f"{__name__}.noted", noted, raising=False)
-    kind = Kind(f"{__name__}:make", ("model",), ("out",), {"out": "{out}"}, f"{__name__}:noted")
-    monkeypatch.setitem(STAGES, "make", kind)
-    first, second = run("trial.yaml", progress=False), run("trial.yaml", progress=False)
-    assert first["stages"][0]["result"] == second["stages"][0]["result"]
-    assert first["stages"][0]["result"]["notes"] == ["size 3"]
-    assert STAGES["quantize"].noting
-
-
 @pytest.mark.parametrize("entry", shipped(), ids=lambda e: e["name"])
 def test_shipped_recipes_are_described(entry):
     assert entry["description"] and "\n" not in entry["description"]

@@ -42,11 +42,6 @@ _RUN_ARGUMENTS = ("progress", "resume", "overwrite", "stream", "results")
 _LEAST = {"seed": 0}  # what types do not say of an option, checked before the first stage runs
 
 
-def _named(function: str) -> Callable[..., dict[str, Any]]:
-    module, _, name = function.partition(":")
-    return getattr(import_module(module), name)  # type: ignore[no-any-return]
-
-
 @dataclass(frozen=True)
 class Kind:
     """A kind of stage.
@@ -57,22 +52,17 @@ class Kind:
             stage's fingerprint.
         writes: options that name what the stage writes; checked before the stage is skipped.
         defaults: options a recipe may leave out although the verb requires them.
-        noting: "module:function" that makes of the options and the result of the verb the result
-            that is kept, with what else there is to note.
     """
 
     verb: str
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    noting: str = ""
 
     @property
     def function(self) -> Callable[..., dict[str, Any]]:
-        return _named(self.verb)
-
-    def noted(self, options: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-        return _named(self.noting)(options, result) if self.noting else result
+        module, _, name = self.verb.partition(":")
+        return getattr(import_module(module), name)  # type: ignore[no-any-return]
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -85,7 +75,6 @@ STAGES: dict[str, Kind] = {
         reads=("model", "recipe", "calibration"),
         writes=("out",),
         defaults={"out": "{out}"},
-        noting="posttrain.quantize.recipe:with_idle_options_noted",
     ),
     "evaluate": Kind("posttrain.evaluate:evaluate", reads=("model", "text"), writes=("records",)),
     "compare": Kind(
@@ -386,7 +375,7 @@ def _run_stage(
     given = {name: value for name, value in offered.items() if name in kind.parameters}
     started = time.monotonic()
     try:
-        result = kind.noted(stage.options, kind.function(**stage.options, **given))
+        result = kind.function(**stage.options, **given)
     except UserError as error:
         raise UserError(f"{stage.where}: {stage.kind}: {error}") from error
     return {

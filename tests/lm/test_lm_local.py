@@ -13,10 +13,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from posttrain import kernels
 from posttrain.errors import UserError
 from posttrain.lm import generate
 from posttrain.lm.chat import Conversation, unused
-from posttrain.lm.engine import NativeEngine, TorchEngine, engine
+from posttrain.lm.engine import NativeEngine, TorchEngine
 from posttrain.lm.local import _Answer, generate_with, prompt_ids, stop_tokens
 from posttrain.lm.tokens import generate_tokens
 from posttrain.models.kv import parse_kv
@@ -289,12 +290,11 @@ def fed(monkeypatch):
 
 @pytest.fixture
 def talker(model, tokenizer):
-    if not isinstance(engine(model), NativeEngine):
-        pytest.skip("no kernels here")
     model.tokenizer = tokenizer
     return model
 
 
+@pytest.mark.skipif(not kernels.available(), reason=kernels.find().reason)
 @pytest.mark.parametrize("kv", [None, "int8", "fp32"])
 def test_a_conversation_computes_nothing_twice_and_says_what_it_would_anew(talker, kv, fed):
     talk = Conversation(talker, system="Be brief. " * 20, kv=kv)

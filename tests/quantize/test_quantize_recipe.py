@@ -7,8 +7,10 @@ import pytest
 import yaml
 
 from posttrain.errors import UserError
+from posttrain.quantize import quantize
 from posttrain.quantize.distill import Distillation
 from posttrain.quantize.recipe import (
+    TEXT_OPTIONS,
     Calibration,
     QuantRecipe,
     load_recipe,
@@ -122,8 +124,9 @@ ODD = [
     "[]", "[x]", "[[1]]", "[{}]", "[{name: [x]}]", "{}", "{a: 1}", "{1: x}", "{on: x}", "{name: [x]}",
     "{name: {}}", "{{a}}", "{<<: {name: 5}}", "{<<: 3}", "<<", "2024-01-01", "2024-13-45", "!!int x",
     "!!bool x", "!!timestamp x", "!!set {a}", "!!str [a]", "!other x", "'\x07'", "&a [*a]", "*b", "|",
-    "? [a]", "- b", 2000 * "[",
+    "? [a]", "- b",
 ]  # fmt: skip
+DEEP = 2000 * "["  # which takes long to refuse
 
 
 def odd_places():
@@ -148,7 +151,8 @@ def odd_places():
 
 def test_a_text_is_a_recipe_or_a_mistake_that_names_the_file():
     read = 0
-    for text, odd in itertools.product(odd_places(), ODD):
+    cases = itertools.product(odd_places(), ODD)
+    for text, odd in (*cases, ("%s", DEEP), (MINIMAL + "solver: %s", DEEP)):
         try:
             read += isinstance(parse_recipe(text % odd, "mine.yaml"), QuantRecipe)
         except UserError as error:
@@ -163,10 +167,13 @@ def test_a_file_that_is_no_utf8_is_named_with_its_line(tmp_path):
         load_recipe(path)
 
 
+NOTHING_GIVEN = dict.fromkeys((*TEXT_OPTIONS, "memory_budget"))
+
+
 def noted(recipe, text=None, /, **given):
     """The notes of a result by `recipe`; text: the identity of the one it saw."""
     result = {"recipe": recipe.to_dict(), "calibration": text, "notes": ["coarse"]}
-    first, *more = with_idle_options_noted(given, result)["notes"]
+    first, *more = with_idle_options_noted(NOTHING_GIVEN | given, result)["notes"]
     assert first == "coarse"
     return more
 
@@ -175,12 +182,20 @@ def test_options_that_nothing_looked_at_are_noted():
     plain = load_recipe("nf4")
     given = {"calibration": "typo.txt", "samples": 3, "window": None, "chat": False}
     (note,) = noted(plain, **given, memory_budget=2.0)
-    assert note.startswith("--calibration, --samples, --chat, --memory-budget had no effect")
-    assert not noted(plain, seed=3) and not noted(plain)
+    assert note.startswith("calibration, samples, chat, memory_budget had no effect")
+    assert not noted(plain)
     text = {"name": "prose"}
     (note,) = noted(plain, text, **given, memory_budget=2.0)  # a budget: its scan saw the text
-    assert note.startswith("--memory-budget had no effect")
+    assert note.startswith("memory_budget had no effect")
     smooth = parse_recipe(MINIMAL + "transform: smooth", "mine.yaml")
     assert not noted(smooth, text, **given, memory_budget=2.0)
     assert not noted(plain.override("gptq"), text, **given, memory_budget=2.0)
-    assert with_idle_options_noted(given, {"out": "x"}) == {"out": "x"}
+
+
+def test_a_result_notes_options_that_had_no_effect(tiny_llama, tmp_path):
+    """Also one that was there already."""
+    options = {"recipe": "nf4", "out": tmp_path / "out", "progress": False}
+    assert not any("no effect" in note for note in quantize(tiny_llama, **options)["notes"])
+    for _ in range(2):
+        *_, note = quantize(tiny_llama, **options, memory_budget=2.0)["notes"]
+        assert note.startswith("memory_budget had no effect")

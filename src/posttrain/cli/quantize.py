@@ -128,10 +128,8 @@ def arguments(parser: Parser) -> None:
 
 def call(args: argparse.Namespace) -> dict[str, Any]:
     import posttrain
-    from posttrain.quantize.recipe import with_idle_options_noted
 
-    given = options(args)
-    return with_idle_options_noted(given, posttrain.quantize(**given))
+    return posttrain.quantize(**options(args))
 
 
 def show(result: dict[str, Any]) -> str:

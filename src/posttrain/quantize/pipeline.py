@@ -59,7 +59,7 @@ from posttrain.quantize.memory import GIB, PeakMemory
 from posttrain.quantize.nearest import RTN
 from posttrain.quantize.problem import BlockSolver, LinearSolver, Log, Problem, held_back
 from posttrain.quantize.progress import MEASURED, Progress, finished_result, nested, open_progress
-from posttrain.quantize.recipe import load_recipe
+from posttrain.quantize.recipe import load_recipe, with_idle_options_noted
 from posttrain.quantize.search import Search
 from posttrain.quantize.stream import COMPUTE_DTYPE
 from posttrain.quantize.transforms import Smoothing
@@ -131,6 +131,10 @@ def quantize(
     settings = load_recipe(recipe).override(
         solver, transform, text=calibration, samples=samples, window=window, chat=chat
     )
+    given = {
+        "calibration": calibration, "samples": samples, "window": window, "chat": chat,
+        "memory_budget": memory_budget,
+    }  # fmt: skip
     search = Search.asked(bits, max_bytes, scan, candidates)
     memory = PeakMemory()
     with ExitStack() as run:  # the lock on `out` is held to its end
@@ -139,7 +143,7 @@ def quantize(
             result = None if overwrite else finished_result(job.out, job.fingerprint)
             if result is not None:
                 say(f"{job.out} already holds this result")
-                return {"out": str(job.out), **result}
+                return with_idle_options_noted(given, {"out": str(job.out), **result})
             if search is not None:
                 check_budget(job)
             trim()
@@ -171,7 +175,7 @@ def quantize(
         }
         write_json(job.out / MEASURED, measured)
         state.finish()
-        return {"out": str(job.out), **result, **measured}
+        return with_idle_options_noted(given, {"out": str(job.out), **result, **measured})
 
 
 def _quantize_blocks(job: Job, state: Progress, started: float, progress: bool) -> None:

@@ -230,15 +230,13 @@ def _as_dict(value: Any) -> dict[str, Any]:
 def with_idle_options_noted(given: Mapping[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     """The result of `quantize`, with a note on options given that nothing looked at.
 
-    given: options of `quantize` by name. result: what it returned for them.
+    given: TEXT_OPTIONS and memory_budget, None where not given. result: what came of them.
     """
-    recipe = result.get("recipe")
-    if recipe is None:
-        return result
+    recipe = result["recipe"]
     solver = SOLVERS[recipe["solver"]["name"]]
     idle = () if solver.calibrated or recipe["transform"] else ("memory_budget",)
     idle = idle if result["calibration"] else (*TEXT_OPTIONS, *idle)
-    named = [f"--{name.replace('_', '-')}" for name in idle if given.get(name) is not None]
+    named = [name for name in idle if given[name] is not None]
     if not named:
         return result
     note = (
