@@ -444,13 +444,14 @@ def mixed():
     return decoder(quantized("int4 | fp16/g16", "int8h | fp32/row", "llama, wide heads"))
 
 
-def test_a_model_of_integers_remembers_integers_but_for_scoring(mixed):
+def test_a_model_of_integers_remembers_integers_and_others_floats(mixed):
     runner = NativeEngine(mixed)
-    assert runner.keeps() == parse_kv("int16") and runner.session().cache == "int16"
-    assert runner.keeps(scoring=True) == spec("fp32")
-    assert engine(build("llama")).keeps() == spec("fp16")
-    alone = engine(quantized("int4 | fp16/g16", None))
-    assert alone.keeps() == spec("fp16") and alone.session().cache == "fp16"
+    assert runner.keeps() == runner.keeps(scoring=True) == parse_kv("int16")
+    assert runner.session().cache == "int16"
+    for floats in (build("llama"), quantized("int4 | fp16/g16", None)):
+        runner = engine(floats)
+        assert runner.keeps() == spec("fp16") and runner.session().cache == "fp16"
+        assert runner.keeps(scoring=True) == spec("fp32")
 
 
 @pytest.fixture

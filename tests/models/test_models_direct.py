@@ -164,15 +164,16 @@ def test_quantized_logits_are_those_of_the_loaded_model(name, tied, tmp_path):
     assert torch.equal(logits(direct_decoder(out), ids), expected)
 
 
-def test_a_quantized_tied_head_is_one_weight_with_the_embedding(tmp_path):
+@pytest.mark.parametrize("head", ["int8 | fp16/row", "int8 | fp32/row, rotate: true"])
+def test_a_quantized_tied_head_is_one_weight_with_the_embedding(head, tmp_path):
     from posttrain.quantize import quantize
 
     source = save_llama(tmp_path / "source")
     tokenizer_files(source)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        'layers: [{match: "*", weight: int6 | fp16/g32}, {match: lm_head, weight: int8 | fp16/row}]'
-        "\nsolver: rtn\n"
+        'layers: [{match: "*", weight: int6 | fp16/g32}, '
+        f"{{match: lm_head, weight: {head}}}]\nsolver: rtn\n"
     )
     quantize(source, recipe=recipe, out=tmp_path / "out", progress=False)
     native = direct_decoder(tmp_path / "out")

@@ -10,12 +10,15 @@ from posttrain import kernels
 from posttrain.errors import UserError
 from posttrain.lm.engine import engine
 from posttrain.models.linear import QuantLinear, TiedEmbedding
+from posttrain.models.rotation import rotate
 from posttrain.quantize import quantize
 
 ALL = '{match: "*", weight: int6 | fp16/g32}'
 HEADS = {
     "rows": '{match: lm_head, weight: int8 | fp16/row}',
     "groups, quantized input": '{match: lm_head, weight: int8 | fp16/g32, input: int8h | fp32/g32}',
+    "rotated": '{match: lm_head, weight: int8 | fp32/row, input: int8h | fp32/row, rotate: true}',
+    "rotated, not rounded": '{match: lm_head, weight: int6h | fp16/g64, rotate: true}',
     "zero points": '{match: "lm_*", weight: uint4z | fp16/g32}',
     "per tensor": '{match: lm_head, weight: int8 | fp32/tensor}',
     "nested scales": '{match: lm_head, weight: nf4-dq}',
@@ -51,8 +54,12 @@ def test_it_is_stored_once_and_loads_alike_everywhere(head, tiny, tmp_path):
     assert isinstance(ours.lm_head, QuantLinear)
     assert isinstance(ours.model.embed_tokens, TiedEmbedding)
     table = ours.lm_head.qweight().dequantize()
-    assert torch.equal(ours.model.embed_tokens(IDS), table[IDS])
+    table = rotate(table) if ours.lm_head.layer.rotate else table
+    assert torch.equal(ours.model.embed_tokens.weight, table)
+    assert torch.allclose(ours.model.embed_tokens(IDS), table[IDS], rtol=0, atol=1e-6)
     plain = posttrain.load(source, dtype="float32")
+    words = plain.model.embed_tokens.weight
+    assert (table - words).abs().max() < 0.2 * words.abs().max()
     assert ours.posttrain["parameters"] == plain.posttrain["parameters"]
     assert (logits(plain) - reference).abs().max() < 0.3 * logits(plain).abs().max()
     if not kernels.available():

@@ -185,8 +185,8 @@ def add_kv_option(parser: Parser, whose: str = "") -> None:
         metavar="FORMAT",
         help=f"what keys and values are kept in, {whose}int8, fp8, int4, int16 (a scale for each "
         'token and head), fp16, fp32, or a number format such as "int4 | fp16/g32" (default: what the '
-        "model says, else int16 where its activations are rounded to integers, 16-bit floats elsewhere; "
-        "32-bit ones for scoring)",
+        "model says, else int16 where its activations are rounded to integers, 16-bit floats elsewhere "
+        "(32-bit ones for scoring))",
     )
 
 

@@ -94,9 +94,9 @@ class NativeEngine:
     def keeps(self, scoring: bool = False) -> Spec:
         if self.kv is not None:
             return self.kv
-        if scoring:
-            return spec("fp32")
-        return parse_kv("int16") if self.decoder.rounds_inputs else spec("fp16")
+        if self.decoder.rounds_inputs:
+            return parse_kv("int16")
+        return spec("fp32" if scoring else "fp16")
 
     def session(
         self, capacity: int = 256, cache: str | None = None, passing: bool = False

@@ -408,7 +408,8 @@ def on_kernels(layers: Iterable[QuantLinear]) -> Iterator[None]:
 
 
 class TiedEmbedding(nn.Module):
-    """An input embedding [vocabulary, width] whose rows are those of a quantized output head."""
+    """An input embedding [vocabulary, width] whose rows are those of a quantized output head, turned
+    back where that stores them rotated."""
 
     def __init__(self, head: QuantLinear) -> None:
         super().__init__()
@@ -420,10 +421,14 @@ class TiedEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.head.weight
+        return self._turned_back(self.head.weight)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.head.rows(ids.reshape(-1)).reshape(*ids.shape, -1)
+        rows = self._turned_back(self.head.rows(ids.reshape(-1)))
+        return rows.reshape(*ids.shape, -1)
+
+    def _turned_back(self, rows: Tensor) -> Tensor:
+        return rotate(rows) if self.head.layer.rotate else rows
 
 
 def require_plain_embedding(model: nn.Module, name: str) -> None:

@@ -108,9 +108,14 @@ class Pass {
   }
 
   void embed_all(const int32_t *ids) {
+    /* A head that rotates its input is stored rotated, and an embedding tied with it. */
+    const bool rotated = m_.embedding == m_.head && m_.head_input.rotate;
     for_token_blocks(tokens_, [&](int64_t first, int64_t last, int) {
-      for (int64_t t = first; t < last; t++)
-        embed(*m_.embedding, ids[t], m_.embedding_scale, x + t * m_.width);
+      for (int64_t t = first; t < last; t++) {
+        float *row = x + t * m_.width;
+        embed(*m_.embedding, ids[t], m_.embedding_scale, row);
+        if (rotated) kernels_.rotate(row, row, m_.width);
+      }
     });
   }
 
