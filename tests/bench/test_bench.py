@@ -373,6 +373,11 @@ def test_a_plot_that_fails_loses_no_result(monkeypatch, tmp_path):
     assert found["notes"] == [f"{tmp_path / 'p.svg'}: the plot cannot be written: Is a directory"]
 
 
+def listening():
+    """Ctrl-C ends what is started from a terminal, even where these tests run in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     "number, status",
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)],
@@ -383,7 +388,7 @@ def test_nothing_is_left_when_it_is_ended(small, tmp_path, number, status):
     command = [sys.executable, "-m", "posttrain", "bench", str(small / "full"), "--quiet"]
     ended = subprocess.Popen(
         command, env=os.environ | {"TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=listening,
     )  # fmt: skip
     process = psutil.Process(ended.pid)
     until = time.monotonic() + 60
