@@ -373,11 +373,6 @@ def test_a_plot_that_fails_loses_no_result(monkeypatch, tmp_path):
     assert found["notes"] == [f"{tmp_path / 'p.svg'}: the plot cannot be written: Is a directory"]
 
 
-def listening():
-    """Ctrl-C ends what is started from a terminal, even where these tests run in the background."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.mark.parametrize(
     "number, status",
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)],
@@ -386,10 +381,13 @@ def listening():
 def test_nothing_is_left_when_it_is_ended(small, tmp_path, number, status):
     """Whatever ends a bench, by Ctrl-C or otherwise, ends its workers, also one that is loading."""
     command = [sys.executable, "-m", "posttrain", "bench", str(small / "full"), "--quiet"]
+    # Shells start background jobs with interrupts ignored, and children would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     ended = subprocess.Popen(
         command, env=os.environ | {"TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, preexec_fn=listening,
+        start_new_session=True,
     )  # fmt: skip
+    signal.signal(signal.SIGINT, before)
     process = psutil.Process(ended.pid)
     until = time.monotonic() + 60
     while not (workers := process.children()) and time.monotonic() < until:
