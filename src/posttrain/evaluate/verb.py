@@ -42,7 +42,8 @@ def evaluate(
     bounds the tokens of text that are used. ``chat`` applies the chat template to rows of messages.
     ``kv`` is what keys and values are kept in: "int8", "fp8", "int4", "int16" (one scale for each
     token and head), "fp16", "fp32", or any number format of rows of head_dim; None is what the model
-    says, else int16 where its activations are integers, else what it computes in. Attention then sees rounded keys and values, of the token itself too.
+    says, else int16 where its activations are integers, else what it computes in. Attention then
+    sees rounded keys and values, of the token itself too.
     ``records`` is a file (.jsonl, .jsonl.gz, .npz) for the loss of every token.
 
     The result holds ``model``, ``nll`` (nats per scored token), ``perplexity``, ``tokens``

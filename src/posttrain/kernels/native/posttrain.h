@@ -166,7 +166,7 @@ typedef struct {
   const pt_block *block;
   const float *norm;          /* [width], before the head */
   const pt_weight *embedding; /* [vocabulary, width] */
-  const pt_weight *head;      /* [vocabulary, width]; may be the embedding */
+  const pt_weight *head;      /* [vocabulary, width]; may be the embedding, whose rows are turned back if it rotates */
   pt_input head_input;
 } pt_model;
 
