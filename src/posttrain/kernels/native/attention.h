@@ -210,28 +210,43 @@ struct Softened {
   float largest, total;
 };
 template <int Type>
-INLINE Softened soften(const HeadCache &c, float *scores, int64_t origin, int64_t begin, int64_t end,
-                       int64_t padded_end) {
-  if (c.soft_cap > 0) soft_cap(scores, c.soft_cap, padded_end - origin);
-  F32 most = set_f32(-__builtin_inff()), sum = set_f32(0.0f);
-  auto seen = [&](F32 v, int64_t j, float other) INLINE_LAMBDA {
-    return j >= begin && j + kPanel <= end ? v : within(v, begin - j, end - j, other);
-  };
-  for (int64_t j = origin; j < padded_end; j += kPanel)
-    most = maximum(seen(load_floats(scores + j - origin), j, -__builtin_inff()), most);
-  const float largest = largest_lane(most);
-  for (int64_t j = origin; j < padded_end; j += kPanel) {
-    F32 e = exponential(subtract(load_floats(scores + j - origin), set_f32(largest)));
-    e = seen(e, j, 0.0f);
-    sum = add(sum, e);
-    F32 weight = e;
-    if constexpr (holds_codes(Type)) { /* lanes beyond `end` may hold anything */
-      F32 scale = seen(load_scales<Type>(c.value_scales, j), j, 0.0f);
-      weight = mul(mul(e, set_f32(unit_of(Type))), scale);
+Softened soften(const HeadCache &c, float *scores, int64_t origin, int64_t begin, int64_t end, int64_t padded_end) {
+  if (end > padded_end) end = padded_end;
+  const int64_t count = padded_end - origin, whole = end > origin ? (end - origin) / kPanel * kPanel : 0;
+  const int64_t before = begin > origin ? ceil_div(begin - origin, kPanel) * kPanel : 0;
+  if (c.soft_cap > 0) soft_cap(scores, c.soft_cap, count);
+  /* f(i, seen, sum) for the vectors of scores: seen(v, other) is v with the lanes outside [begin, end) made other. */
+  auto for_scores = [&](FourSums &sums, auto f) INLINE_LAMBDA {
+    auto at_the_edge = [&](int64_t i) {
+      f(i, [&](F32 v, float other) { return within(v, begin - origin - i, end - origin - i, other); }, sums.at[0]);
+    };
+    int64_t i = 0;
+    for (; i < before && i < count; i += kPanel) at_the_edge(i);
+    if (whole > i) {
+      const int64_t first = i;
+      for_vectors(whole - first, sums, [&](int64_t j, auto, F32 &sum) INLINE_LAMBDA {
+        f(first + j, [](F32 v, float) INLINE_LAMBDA { return v; }, sum);
+      });
+      i = whole;
     }
-    store_some(scores + j - origin, weight, kPanel);
-  }
-  return {largest, sum_lanes(sum)};
+    for (; i < count; i += kPanel) at_the_edge(i);
+  };
+  FourSums most = four_times(set_f32(-__builtin_inff())), sums = four_times(set_f32(0.0f));
+  for_scores(most, [&](int64_t i, auto seen, F32 &v) INLINE_LAMBDA {
+    v = maximum(seen(load_floats(scores + i), -__builtin_inff()), v);
+  });
+  const float largest = largest_lane(most);
+  for_scores(sums, [&](int64_t i, auto seen, F32 &sum) INLINE_LAMBDA {
+    F32 e = seen(decay(subtract(load_floats(scores + i), set_f32(largest))), 0.0f);
+    sum = add(sum, e);
+    if constexpr (holds_codes(Type)) { /* lanes beyond `end` may hold anything */
+      F32 scale = seen(load_scales<Type>(c.value_scales, origin + i), 0.0f);
+      if constexpr (unit_of(Type) != 1) e = mul(e, set_f32(unit_of(Type)));
+      e = mul(e, scale);
+    }
+    store_some(scores + i, e, kPanel);
+  });
+  return {largest, sum_lanes(sums)};
 }
 
 /* ---------------------------------------------------------------- attention in integers of 16 bits */
@@ -247,10 +262,9 @@ INLINE float encode_shorts(const float *x, int64_t count, float sum, float large
   const bool finite = sum - sum == 0;
   const float bound = sum > 2 * largest ? sum : 2 * largest; /* no code is beyond 16 bits */
   const float factor = finite && bound > 0x1p-100f ? kMostOfRow / bound : 0.0f;
-  for (int64_t i = 0; i < count; i += kPanel) {
-    F32 v = finite ? load_some(x + i, at_most_16(count - i)) : set_f32(0.0f);
-    store_clamped(codes + i, mul(v, set_f32(factor)), 32767.0f);
-  }
+  for_vectors(count, [&](int64_t i, auto some) INLINE_LAMBDA {
+    store_shorts(codes + i, rounded(finite ? mul(load_some(x + i, some), set_f32(factor)) : set_f32(0.0f)));
+  });
   return !finite ? __builtin_nanf("") : factor > 0 ? 1.0f / factor : 0.0f;
 }
 
@@ -268,11 +282,15 @@ static const int64_t kShortRun = 64;
 
 /* The weights of one query that `soften` left. */
 INLINE float encode_weights(const float *weights, int64_t count, int16_t *codes) {
-  F32 run = set_f32(0.0f), most = run, largest = run, all = run;
-  for (int64_t j = 0; j < count; j += kPanel) {
-    F32 w = load_floats(weights + j);
-    run = j % kShortRun ? add(run, w) : w;
-    most = maximum(run, most), largest = maximum(w, largest), all = add(all, w);
+  F32 most = set_f32(0.0f), largest = most, all = most;
+  for (int64_t run = 0; run < count; run += kShortRun) {
+    F32 sum = set_f32(0.0f);
+    UNROLL for (int64_t j = 0; j < kShortRun; j += kPanel)
+      if (run + j < count) {
+        F32 w = load_floats(weights + run + j);
+        sum = add(sum, w), largest = maximum(w, largest);
+      }
+    most = maximum(sum, most), all = add(all, sum);
   }
   const float sum = sum_lanes(all); /* the others forget what is no number */
   return encode_shorts(weights, count, sum_lanes(most) + (sum - sum), largest_lane(largest), codes);
@@ -443,15 +461,15 @@ void join_runs(const HeadCache &c, int64_t runs, float *sums, int64_t stride, fl
   for (int64_t i = 1; i < runs; i++) largest = sums[i * stride + width] > largest ? sums[i * stride + width] : largest;
   for (int64_t i = 0; i < runs; i++) {
     float *of_run = sums + i * stride + width;
-    const float factor = first_lane(exponential(set_f32(of_run[0] - largest)));
+    const float factor = first_lane(decay(set_f32(of_run[0] - largest)));
     total += factor * of_run[1], of_run[0] = factor;
   }
-  for (int64_t at = 0; at < c.head_size; at += kPanel) {
+  for_vectors(c.head_size, [&](int64_t at, auto count) INLINE_LAMBDA {
     F32 sum = set_f32(0.0f);
     for (int64_t i = 0; i < runs; i++)
       sum = fma(load_floats(sums + i * stride + at), set_f32(sums[i * stride + width]), sum);
-    store_some(out + at, divide(sum, set_f32(total)), at_most_16(c.head_size - at));
-  }
+    store_some(out + at, divide(sum, set_f32(total)), count);
+  });
 }
 
 }  // namespace

@@ -183,10 +183,10 @@ INLINE I32 rounded(F32 a) {
   EACH4(i) out.v[i] = vcvtnq_s32_f32(a.v[i]);
   return out;
 }
-/* v 2^n for n in [-126, 127] */
-INLINE F32 times_power_of_two(F32 v, I32 n) {
+/* v 2^n for whole n in [-126, 127] */
+INLINE F32 times_power_of_two(F32 v, F32 n) {
   EACH4(i) {
-    int32x4_t exponent = vaddq_s32(n.v[i], vdupq_n_s32(127));
+    int32x4_t exponent = vaddq_s32(vcvtnq_s32_f32(n.v[i]), vdupq_n_s32(127));
     v.v[i] = vmulq_f32(v.v[i], vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
   }
   return v;

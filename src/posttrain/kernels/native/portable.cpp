@@ -170,9 +170,10 @@ static inline I32 rounded(F32 a) {
   EACH(i, 16) v.at[i] = (int32_t)__builtin_rintf(a.at[i]);
   return v;
 }
-/* v 2^n for n in [-126, 127] */
-static inline F32 times_power_of_two(F32 v, I32 n) {
-  EACH(i, 16) v.at[i] *= float_of_bits((uint32_t)(n.at[i] + 127) << 23);
+/* v 2^n for whole n in [-126, 127] */
+static inline F32 times_power_of_two(F32 v, F32 n) {
+  const I32 exponent = rounded(n);
+  EACH(i, 16) v.at[i] *= float_of_bits((uint32_t)(exponent.at[i] + 127) << 23);
   return v;
 }
 static inline F32 load_some(const float *from, int64_t count) {

@@ -162,10 +162,10 @@ INLINE F32 fma(F32 a, F32 b, F32 c) {
   return c;
 }
 INLINE I32 rounded(F32 a) { return {{_mm256_cvtps_epi32(a.v[0]), _mm256_cvtps_epi32(a.v[1])}}; }
-/* v 2^n for n in [-126, 127] */
-INLINE F32 times_power_of_two(F32 v, I32 n) {
+/* v 2^n for whole n in [-126, 127] */
+INLINE F32 times_power_of_two(F32 v, F32 n) {
   BOTH(i) {
-    __m256i exponent = _mm256_add_epi32(n.v[i], _mm256_set1_epi32(127));
+    __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v[i]), _mm256_set1_epi32(127));
     v.v[i] = _mm256_mul_ps(v.v[i], _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
   }
   return v;

@@ -125,8 +125,8 @@ INLINE F32 divide(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
 INLINE F32 maximum(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
 INLINE F32 minimum(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
 INLINE I32 rounded(F32 a) { return {_mm512_cvtps_epi32(a.v)}; } /* ties to even */
-/* v 2^n for n in [-126, 127] */
-INLINE F32 times_power_of_two(F32 v, I32 n) { return {_mm512_scalef_ps(v.v, _mm512_cvtepi32_ps(n.v))}; }
+/* v 2^n for whole n in [-126, 127] */
+INLINE F32 times_power_of_two(F32 v, F32 n) { return {_mm512_scalef_ps(v.v, n.v)}; }
 /* Lanes i and i + H, for i with bit H clear, change places. */
 template <int H>
 INLINE F32 swapped(F32 v) {
