@@ -281,6 +281,8 @@ WRONG = [
     ("stages:\n  - make: {model: {{out}}}\n", 'x.yaml:2: found braces .* quotes, such as "{out}"'),
     ("name: a\non: x\nstages: [tell]\n", "x.yaml:2: no option is called 'on', .* of type bool"),
     ("stages:\n  - make: {1: x}\n", "x.yaml:2: no option is called '1', .* of type int"),
+    ("name: a\nout:\nstages: [tell]\n", "x.yaml:2: out must be text, or be left out; found None"),
+    ("stages: [tell]\nname: [a]\n", "x.yaml:2: name must be text, .* found \\['a'\\]"),
     ("name: a\nout: \x07\n", r"x.yaml:2: not valid YAML: .*control character '\\x07'; remove it"),
     ("stages: [tell]\nname: 2024-13-45\n", "x.yaml:2: '2024-13-45' looks like .*timestamp.*quotes"),
     ("stages: [tell]\nname: !!int x\n", "x.yaml:2: 'x' looks like a value of YAML's type int"),

@@ -250,6 +250,9 @@ def parse(text: str, where: str, name: str) -> Recipe:
         if key not in KEYS:
             at = place(where, lines, (key,))
             raise UserError(f"{at}: unknown key {key!r}{did_you_mean(str(key), KEYS)}")
+        if key != "stages" and (data[key] in (None, "") or isinstance(data[key], (dict, list))):
+            at = place(where, lines, (key,))
+            raise UserError(f"{at}: {key} must be text, or be left out; found {data[key]!r}")
     entries = data.get("stages")
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{where}: stages must be a list such as `- quantize: {{model: demo}}`")

@@ -1,6 +1,7 @@
 """Laws of block sensitivity: it is what swapping the block by hand gives, and undoes its swaps."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from evaluate_tiny import nudged, tiny_llama
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from posttrain.errors import UserError
-from posttrain.evaluate import block_sensitivity
+from posttrain.evaluate import block_sensitivity, compare
 from posttrain.evaluate.windows import Windows
 
 
@@ -68,3 +69,10 @@ def test_the_reference_is_as_it_was(tiny, near, windows):
 def test_models_of_different_depth_are_refused(tiny, windows):
     with pytest.raises(UserError, match="found 3 in the reference and 2"):
         block_sensitivity(tiny, tiny_llama(1, num_hidden_layers=2), windows, progress=False)
+
+
+def test_they_are_refused_before_anything_is_scored(tiny, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["posttrain.evaluate.compare"], "score_lockstep", None)
+    shallow = tiny_llama(1, num_hidden_layers=2)
+    with pytest.raises(UserError, match="has 3, .* 2; leave it out"):
+        compare([tiny, shallow], text=text, sensitivity=True, progress=False)

@@ -109,6 +109,18 @@ def test_prompts_side_by_side_are_answered_as_if_alone(model, tokenizer):
     assert generate(model, tokenizer, [], **options) == []
 
 
+def test_a_list_of_seeds_has_one_for_each_prompt(model, tokenizer):
+    options = {"max_new_tokens": 9, "temperature": 1.0}
+    alone = [generate(model, tokenizer, "Hi", seed=seed, **options) for seed in range(6)]
+    assert generate(model, tokenizer, ["Hi"] * 6, seed=range(6), **options) == alone
+    assert len(set(alone)) > 1
+    assert generate(model, tokenizer, "Hi", seed=[4], **options) == alone[4]
+    with pytest.raises(UserError, match="one for each prompt: 2, not 3"):
+        generate(model, tokenizer, ["Hi", "Ho"], seed=[0, 1, 2], **options)
+    with pytest.raises(UserError, match="seed must be a whole number, not 'x'"):
+        generate(model, tokenizer, ["Hi", "Ho"], seed=[0, "x"], **options)
+
+
 def test_threads_get_what_they_would_get_alone(model, tokenizer):
     def sample(seed):
         return generate(model, tokenizer, "Hi", max_new_tokens=12, temperature=1.0, seed=seed)

@@ -69,6 +69,8 @@ def compare(
         Divergence(kl, top_k),
         seed,
     )
+    if sensitivity:
+        comparison.require_same_depth()
     comparison.score(generations)
     result = comparison.result()
     if sensitivity:
@@ -131,6 +133,16 @@ class _Comparison:
         if len(set(sizes)) > 1:
             said = provenance.VOCABULARY_NOTE.format(least=min(sizes), most=max(sizes))
             self.notes.append(said)
+
+    def require_same_depth(self) -> None:
+        """Raises UserError where blocks cannot be swapped, before anything is scored."""
+        reference, *others = self.subjects
+        for subject in others:
+            if subject.blocks() != reference.blocks():
+                raise UserError(
+                    f"sensitivity swaps blocks: {reference.label} has {reference.blocks()}, "
+                    f"{subject.label} {subject.blocks()}; leave it out or compare others"
+                )
 
     def score(self, generations: bool) -> None:
         def visit(subject: Subject) -> None:

@@ -110,11 +110,19 @@ class Subject:
 
     def vocabulary(self) -> int:
         """Number of logits for a position, without loading the model."""
+        return vocabulary(self._configured())
+
+    def blocks(self) -> int:
+        """Number of decoder blocks, without loading the model."""
+        return int(self._configured().config.get_text_config(decoder=True).num_hidden_layers)
+
+    def _configured(self) -> Any:
+        """The model, or what it is read from: either has a `config`."""
         if self.model is not None:
-            return vocabulary(self.model)
+            return self.model
         from posttrain.models.source import open_source
 
-        return vocabulary(open_source(self.name))
+        return open_source(self.name)
 
     def close(self) -> None:
         if not self.given:

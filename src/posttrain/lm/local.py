@@ -81,7 +81,7 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     kv: str | Spec | None = None,
     stream: Callable[[str], Any] | None = None,
     held: Held | None = None,
@@ -91,16 +91,20 @@ def generate(
     ``prompt`` is a string, continued as it stands, or messages, which go through the tokenizer's
     chat template; or a list of such prompts, which are answered side by side, in a list, each as if
     it were alone. ``temperature=0`` is greedy, whatever top_k, top_p, min_p and seed are; the rule of
-    sampling is in `kernels.sampling`. Generation ends at an end-of-text or end-of-turn token, which is
+    sampling is in `kernels.sampling`. One prompt has one answer for each ``seed``, of which a list has
+    as many as there are prompts: ``generate([prompt] * 3, seed=[0, 1, 2])``. Generation ends at an end-of-text or end-of-turn token, which is
     not part of the answer, or after ``max_new_tokens``. ``kv`` is what keys and values are kept in (see
     `engine`). ``stream`` (for one prompt) is called with each new piece of text; the pieces join to the
     returned string. ``held`` (for one prompt) is what was computed of an earlier text, and is of this one
     afterwards: where both begin alike, nothing is computed again.
     """
     most = _count("max_new_tokens", max_new_tokens)
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     one = _is_prompt(prompt)
     prompts = [prompt] if one else list(prompt)
+    seeds = _seeds(seed, len(prompts))
+    samplings = [
+        Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed) for seed in seeds
+    ]
     if stream is not None and not one:
         raise UserError("stream needs one prompt: pieces of several texts cannot be told apart")
     ids = [prompt_ids(tokenizer, item).tolist() for item in prompts]
@@ -110,7 +114,7 @@ def generate(
     stops = stop_tokens(model, tokenizer)
     runner = engine(model, kv)
     for which, token, stop in continuations(
-        runner, ids, [sampling] * len(ids), AT_ONCE, most, held if one else None
+        runner, ids, samplings, AT_ONCE, most, held if one else None
     ):
         answer = texts[which]
         if token not in stops:
@@ -132,6 +136,15 @@ def _count(name: str, value: Any) -> int:
     if number < 1:
         raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
     return number
+
+
+def _seeds(seed: Any, prompts: int) -> list[Any]:
+    """That of every prompt."""
+    if not isinstance(seed, Sequence) or isinstance(seed, str):
+        return [seed] * prompts
+    if len(seed) != prompts:
+        raise UserError(f"a list of seeds has one for each prompt: {prompts}, not {len(seed)}")
+    return list(seed)
 
 
 def _is_prompt(prompt: Any) -> bool:
