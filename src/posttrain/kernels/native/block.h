@@ -28,14 +28,14 @@ INLINE F32 decay(F32 x) {
 /* The same for any x, those above 88 as for that. */
 INLINE F32 exponential(F32 x) { return decay(minimum(set_f32(88.0f), x)); }
 
-INLINE F32 sigmoid(F32 x) {
-  F32 one = set_f32(1.0f);
-  return divide(one, add(one, exponential(subtract(set_f32(0.0f), x))));
+/* y / (1 + e^-x), which is y times the sigmoid of x. */
+INLINE F32 times_sigmoid(F32 y, F32 x) {
+  return divide(y, add(set_f32(1.0f), exponential(subtract(set_f32(0.0f), x))));
 }
 
-/* tanh x = 1 - 2 / (1 + e^2x) */
+/* tanh x = 2 / (1 + e^-2x) - 1 */
 INLINE F32 hyperbolic_tangent(F32 x) {
-  return subtract(mul(set_f32(2.0f), sigmoid(mul(set_f32(2.0f), x))), set_f32(1.0f));
+  return subtract(times_sigmoid(set_f32(2.0f), mul(set_f32(2.0f), x)), set_f32(1.0f));
 }
 
 /* erf x to 2e-7 (Abramowitz and Stegun 7.1.26). */
@@ -58,7 +58,7 @@ INLINE F32 error_function(F32 x) {
 
 INLINE F32 activate(int32_t kind, F32 x) {
   switch (kind) {
-    case PT_SILU: return mul(x, sigmoid(x));
+    case PT_SILU: return times_sigmoid(x, x);
     case PT_GELU_TANH: {
       F32 cubic = mul(mul(x, mul(x, x)), set_f32(0.044715f));
       F32 t = hyperbolic_tangent(mul(set_f32(0.79788456f), add(x, cubic)));
