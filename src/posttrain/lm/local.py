@@ -91,12 +91,13 @@ def generate(
     ``prompt`` is a string, continued as it stands, or messages, which go through the tokenizer's
     chat template; or a list of such prompts, which are answered side by side, in a list, each as if
     it were alone. ``temperature=0`` is greedy, whatever top_k, top_p, min_p and seed are; the rule of
-    sampling is in `kernels.sampling`. One prompt has one answer for each ``seed``, of which a list has
-    as many as there are prompts: ``generate([prompt] * 3, seed=[0, 1, 2])``. Generation ends at an end-of-text or end-of-turn token, which is
-    not part of the answer, or after ``max_new_tokens``. ``kv`` is what keys and values are kept in (see
-    `engine`). ``stream`` (for one prompt) is called with each new piece of text; the pieces join to the
-    returned string. ``held`` (for one prompt) is what was computed of an earlier text, and is of this one
-    afterwards: where both begin alike, nothing is computed again.
+    sampling is in `kernels.sampling`. Of one prompt, one ``seed`` gives one answer; for a list it may
+    be a list too, with one for each: ``generate([prompt] * 3, seed=[0, 1, 2])``. Generation ends at an
+    end-of-text or end-of-turn token, which is not part of the answer, or after ``max_new_tokens``.
+    ``kv`` is what keys and values are kept in (see `engine`). ``stream`` (for one prompt) is called
+    with each new piece of text; the pieces join to the returned string. ``held`` (for one prompt) is
+    what was computed of an earlier text, and is of this one afterwards: where both begin alike,
+    nothing is computed again.
     """
     most = _count("max_new_tokens", max_new_tokens)
     one = _is_prompt(prompt)
