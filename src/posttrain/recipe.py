@@ -237,7 +237,7 @@ def load(name: str | Path) -> Recipe:
 def parse(text: str, where: str, name: str) -> Recipe:
     """Read the YAML `text` of a recipe; `where` names it in errors."""
     # Here, as it imports what quantizes: a list of recipes should not wait for that.
-    from posttrain.quantize.recipe import place, read_yaml
+    from posttrain.quantize.recipe import place, read_yaml, text_of
 
     data, lines = read_yaml(text, where)
     if not isinstance(data, dict):
@@ -250,16 +250,13 @@ def parse(text: str, where: str, name: str) -> Recipe:
         if key not in KEYS:
             at = place(where, lines, (key,))
             raise UserError(f"{at}: unknown key {key!r}{did_you_mean(str(key), KEYS)}")
-        if key != "stages" and (data[key] in (None, "") or isinstance(data[key], (dict, list))):
-            at = place(where, lines, (key,))
-            raise UserError(f"{at}: {key} must be text, or be left out; found {data[key]!r}")
     entries = data.get("stages")
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{where}: stages must be a list such as `- quantize: {{model: demo}}`")
     stages = tuple(_stage(entry, i, where, lines) for i, entry in enumerate(entries))
-    name = str(data.get("name", name))
-    out = str(data.get("out", f"build/{name}"))
-    return Recipe(name, str(data.get("description", "")).strip(), out, stages)
+    name = text_of(data, "name", name, where, lines)
+    out = text_of(data, "out", f"build/{name}", where, lines)
+    return Recipe(name, text_of(data, "description", "", where, lines).strip(), out, stages)
 
 
 def _stage(entry: Any, index: int, where: str, lines: dict[tuple[Any, ...], int]) -> Stage:

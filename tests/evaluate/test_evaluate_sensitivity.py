@@ -71,7 +71,7 @@ def test_models_of_different_depth_are_refused(tiny, windows):
         block_sensitivity(tiny, tiny_llama(1, num_hidden_layers=2), windows, progress=False)
 
 
-def test_they_are_refused_before_anything_is_scored(tiny, text, tmp_path, monkeypatch):
+def test_they_are_refused_before_anything_is_scored(tiny, text, monkeypatch):
     monkeypatch.setattr(sys.modules["posttrain.evaluate.compare"], "score_lockstep", None)
     shallow = tiny_llama(1, num_hidden_layers=2)
     with pytest.raises(UserError, match="has 3, .* 2; leave it out"):

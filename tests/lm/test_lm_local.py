@@ -119,6 +119,9 @@ def test_a_list_of_seeds_has_one_for_each_prompt(model, tokenizer):
         generate(model, tokenizer, ["Hi", "Ho"], seed=[0, 1, 2], **options)
     with pytest.raises(UserError, match="seed must be a whole number, not 'x'"):
         generate(model, tokenizer, ["Hi", "Ho"], seed=[0, "x"], **options)
+    for wrong in ({"seed": "x"}, {"temperature": -1.0}):  # also where there is nothing to draw
+        with pytest.raises(UserError, match=f"{next(iter(wrong))} must be"):
+            generate(model, tokenizer, [], **wrong)
 
 
 def test_threads_get_what_they_would_get_alone(model, tokenizer):

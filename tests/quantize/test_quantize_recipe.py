@@ -48,6 +48,11 @@ def test_recipe_from_a_copied_file(tmp_path):
         ("layers: [", "not valid YAML"),
         ("- 1", "expected keys"),
         ("name: x", "no `layers`"),
+        (MINIMAL + "name:", "name must be text, in quotes if need be; found None"),
+        (
+            MINIMAL + "description: [a]",
+            "description must be text, in quotes if need be; found ['a']",
+        ),
         (MINIMAL + "solvers: rtn", "did you mean 'solver'"),
         (MINIMAL + "solver: gtpq", "did you mean 'gptq'"),
         (MINIMAL + "solver: {name: gptq, dampening: 1}", "did you mean 'damping'"),

@@ -136,12 +136,12 @@ class _Comparison:
 
     def require_same_depth(self) -> None:
         """Raises UserError where blocks cannot be swapped, before anything is scored."""
-        reference, *others = self.subjects
-        for subject in others:
-            if subject.blocks() != reference.blocks():
+        wanted, *depths = [subject.blocks() for subject in self.subjects]
+        for subject, blocks in zip(self.subjects[1:], depths, strict=True):
+            if None not in (wanted, blocks) and blocks != wanted:
                 raise UserError(
-                    f"sensitivity swaps blocks: {reference.label} has {reference.blocks()}, "
-                    f"{subject.label} {subject.blocks()}; leave it out or compare others"
+                    f"sensitivity swaps blocks: {self.subjects[0].label} has {wanted}, "
+                    f"{subject.label} {blocks}; leave it out or compare others"
                 )
 
     def score(self, generations: bool) -> None:

@@ -112,9 +112,10 @@ class Subject:
         """Number of logits for a position, without loading the model."""
         return vocabulary(self._configured())
 
-    def blocks(self) -> int:
-        """Number of decoder blocks, without loading the model."""
-        return int(self._configured().config.get_text_config(decoder=True).num_hidden_layers)
+    def blocks(self) -> int | None:
+        """Number of decoder blocks, without loading the model; None where its config has none."""
+        config = self._configured().config.get_text_config(decoder=True)
+        return getattr(config, "num_hidden_layers", None)
 
     def _configured(self) -> Any:
         """The model, or what it is read from: either has a `config`."""

@@ -5,6 +5,7 @@ that knows the model, and the same seed gives the same text whatever else the pr
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from operator import index
 from pathlib import Path
 from types import MethodType
@@ -102,10 +103,8 @@ def generate(
     most = _count("max_new_tokens", max_new_tokens)
     one = _is_prompt(prompt)
     prompts = [prompt] if one else list(prompt)
-    seeds = _seeds(seed, len(prompts))
-    samplings = [
-        Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed) for seed in seeds
-    ]
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    samplings = _seeded(sampling, seed, len(prompts))
     if stream is not None and not one:
         raise UserError("stream needs one prompt: pieces of several texts cannot be told apart")
     ids = [prompt_ids(tokenizer, item).tolist() for item in prompts]
@@ -139,13 +138,14 @@ def _count(name: str, value: Any) -> int:
     return number
 
 
-def _seeds(seed: Any, prompts: int) -> list[Any]:
+def _seeded(sampling: Sampling, seed: Any, prompts: int) -> list[Sampling]:
     """That of every prompt."""
-    if not isinstance(seed, Sequence) or isinstance(seed, str):
-        return [seed] * prompts
-    if len(seed) != prompts:
-        raise UserError(f"a list of seeds has one for each prompt: {prompts}, not {len(seed)}")
-    return list(seed)
+    if isinstance(seed, Sequence) and not isinstance(seed, (str, bytes)):
+        if len(seed) != prompts:
+            raise UserError(f"a list of seeds has one for each prompt: {prompts}, not {len(seed)}")
+        return [replace(sampling, seed=one) for one in seed]
+    one: Any = seed  # checked by Sampling
+    return [replace(sampling, seed=one)] * prompts
 
 
 def _is_prompt(prompt: Any) -> bool:

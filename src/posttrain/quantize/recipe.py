@@ -132,8 +132,8 @@ def parse_recipe(text: str, where: str) -> QuantRecipe:
     if "layers" not in data:
         raise UserError(f"{where}: no `layers`: say which modules become what")
     return QuantRecipe(
-        name=str(data.get("name", Path(where).stem)),
-        description=str(data.get("description", "")).strip(),
+        name=text_of(data, "name", Path(where).stem, where, lines),
+        description=text_of(data, "description", "", where, lines).strip(),
         plan=_plan({key: data[key] for key in PLAN_KEYS if key in data}, where),
         transform=_transform(data.get("transform"), f"{where}: transform"),
         solver=_made(make_solver, data.get("solver", "rtn"), f"{where}: solver"),
@@ -291,6 +291,15 @@ def read_yaml(text: str, where: str) -> tuple[Any, Lines]:
 def place(where: str, lines: Lines, path: tuple[Any, ...]) -> str:
     """Where a key or entry stands, "file:line"; the file alone for what a merge key (`<<`) brought."""
     return f"{where}:{lines[path]}" if path in lines else where
+
+
+def text_of(data: dict[str, Any], key: str, default: str, where: str, lines: Lines) -> str:
+    """What a recipe says of itself. Raises UserError for what is no text, or none where some is due."""
+    value = data.get(key, default)
+    if not isinstance(value, str) or (default and not value):
+        at = place(where, lines, (key,))
+        raise UserError(f"{at}: {key} must be text, in quotes if need be; found {value!r}")
+    return value
 
 
 def _lines(
