@@ -204,49 +204,85 @@ INLINE void mix_values(const HeadCache &c, const float *weights, int64_t ld, int
     UNROLL for (int v = 0; v < V; v++) store_some(out[r] + channel + v * kPanel, sums[r][v], kPanel);
 }
 
-/* Scores of one query become e^(score - largest), 0 outside [begin, end), times the scales of the
- * values; the largest, and the sum of those powers. */
-struct Softened {
-  float largest, total;
-};
-template <int Type>
-Softened soften(const HeadCache &c, float *scores, int64_t origin, int64_t begin, int64_t end, int64_t padded_end) {
-  if (end > padded_end) end = padded_end;
-  const int64_t count = padded_end - origin, whole = end > origin ? (end - origin) / kPanel * kPanel : 0;
-  const int64_t before = begin > origin ? ceil_div(begin - origin, kPanel) * kPanel : 0;
-  if (c.soft_cap > 0) soft_cap(scores, c.soft_cap, count);
-  /* f(i, seen, sum) for the vectors of scores: seen(v, other) is v with the lanes outside [begin, end) made other. */
-  auto for_scores = [&](FourSums &sums, auto f) INLINE_LAMBDA {
-    auto at_the_edge = [&](int64_t i) {
-      f(i, [&](F32 v, float other) { return within(v, begin - origin - i, end - origin - i, other); }, sums.at[0]);
-    };
-    int64_t i = 0;
-    for (; i < before && i < count; i += kPanel) at_the_edge(i);
-    if (whole > i) {
-      const int64_t first = i;
-      for_vectors(whole - first, sums, [&](int64_t j, auto, F32 &sum) INLINE_LAMBDA {
-        f(first + j, [](F32 v, float) INLINE_LAMBDA { return v; }, sum);
+/* Positions that softmax goes over at a time. In integers of 16 bits their products with weights share a sum. */
+static const int64_t kShortRun = 64;
+
+/* One query's scores with `count` positions from `origin` on, of which it sees [begin, end): whole vectors, the
+ * first of a short run. */
+struct Scores {
+  float *at;
+  int64_t origin, count, begin, end;
+
+  Scores(const HeadCache &c, float *at, int64_t position, int64_t origin, int64_t count)
+      : at(at), origin(origin), count(count) {
+    begin = first_seen(c.window, position) - origin, end = position + 1 - origin;
+    if (end > count) end = count;
+  }
+
+  /* Calls f(each) for every short run, where each(g) calls g(i, seen, j) for its vectors, the j-th of four:
+   * seen(v, other) is v with the lanes that are not seen made other. */
+  template <class F>
+  INLINE_MEMBER void for_runs(F f) const {
+    auto at_an_edge = [&](int64_t run) INLINE_LAMBDA {
+      f([&](auto g) INLINE_LAMBDA {
+        UNROLL for (int j = 0; j < 4; j++) {
+          const int64_t i = run + j * kPanel;
+          if (i < count) g(i, [&](F32 v, float other) INLINE_LAMBDA { return within(v, begin - i, end - i, other); }, j);
+        }
       });
-      i = whole;
-    }
-    for (; i < count; i += kPanel) at_the_edge(i);
-  };
-  FourSums most = four_times(set_f32(-__builtin_inff())), sums = four_times(set_f32(0.0f));
-  for_scores(most, [&](int64_t i, auto seen, F32 &v) INLINE_LAMBDA {
-    v = maximum(seen(load_floats(scores + i), -__builtin_inff()), v);
+    };
+    int64_t run = 0;
+    for (; run < begin && run < count; run += kShortRun) at_an_edge(run);
+    for (; run + kShortRun <= end; run += kShortRun) /* known when compiling, as most are seen whole */
+      f([&](auto g) INLINE_LAMBDA {
+        UNROLL for (int j = 0; j < 4; j++)
+          g(run + j * kPanel, [](F32 v, float) INLINE_LAMBDA { return v; }, j);
+      });
+    for (; run < count; run += kShortRun) at_an_edge(run);
+  }
+
+  float largest() const {
+    FourSums most = four_times(set_f32(-__builtin_inff()));
+    for_runs([&](auto each) INLINE_LAMBDA {
+      each([&](int64_t i, auto seen, int j) INLINE_LAMBDA {
+        most.at[j] = maximum(seen(load_floats(at + i), -__builtin_inff()), most.at[j]);
+      });
+    });
+    return largest_lane(most);
+  }
+};
+
+/* The sum of e^(score - largest). Of the weights, for PT_CACHE_I16: what those of a short run add up to at most,
+ * the largest, and a sum that is infinite or NaN where any of them is. */
+struct Softened {
+  float total, most_of_run = 0, largest_weight = 0, weights = 0;
+};
+
+/* Scores become weights: e^(score - largest), 0 of what is not seen, times the scales of the values. */
+template <int Type>
+Softened soften(const HeadCache &c, const Scores &scores, float largest) {
+  FourSums sums = four_times(set_f32(0.0f));
+  F32 most_of_run = set_f32(0.0f), largest_weight = most_of_run, weights = most_of_run;
+  scores.for_runs([&](auto each) INLINE_LAMBDA {
+    F32 of_run = set_f32(0.0f);
+    each([&](int64_t i, auto seen, int j) INLINE_LAMBDA {
+      F32 w = seen(decay(subtract(load_floats(scores.at + i), set_f32(largest))), 0.0f);
+      sums.at[j] = add(sums.at[j], w);
+      if constexpr (holds_codes(Type)) { /* lanes beyond the last may hold anything */
+        F32 scale = seen(load_scales<Type>(c.value_scales, scores.origin + i), 0.0f);
+        if constexpr (unit_of(Type) != 1) w = mul(w, set_f32(unit_of(Type)));
+        w = mul(w, scale);
+      }
+      if constexpr (Type == PT_CACHE_I16) of_run = add(of_run, w), largest_weight = maximum(w, largest_weight);
+      store_some(scores.at + i, w, kPanel);
+    });
+    if constexpr (Type == PT_CACHE_I16) most_of_run = maximum(of_run, most_of_run), weights = add(weights, of_run);
   });
-  const float largest = largest_lane(most);
-  for_scores(sums, [&](int64_t i, auto seen, F32 &sum) INLINE_LAMBDA {
-    F32 e = seen(decay(subtract(load_floats(scores + i), set_f32(largest))), 0.0f);
-    sum = add(sum, e);
-    if constexpr (holds_codes(Type)) { /* lanes beyond `end` may hold anything */
-      F32 scale = seen(load_scales<Type>(c.value_scales, origin + i), 0.0f);
-      if constexpr (unit_of(Type) != 1) e = mul(e, set_f32(unit_of(Type)));
-      e = mul(e, scale);
-    }
-    store_some(scores + i, e, kPanel);
-  });
-  return {largest, sum_lanes(sums)};
+  Softened s;
+  s.total = sum_lanes(sums);
+  if constexpr (Type == PT_CACHE_I16)
+    s.most_of_run = sum_lanes(most_of_run), s.largest_weight = largest_lane(largest_weight), s.weights = sum_lanes(weights);
+  return s;
 }
 
 /* ---------------------------------------------------------------- attention in integers of 16 bits */
@@ -277,23 +313,9 @@ INLINE float encode_query(const float *q, int64_t size, int16_t *codes) {
   return encode_shorts(q, size, sum_lanes(sum), largest_lane(most), codes);
 }
 
-/* Positions whose weights meet in one sum of products. */
-static const int64_t kShortRun = 64;
-
 /* The weights of one query that `soften` left. */
-INLINE float encode_weights(const float *weights, int64_t count, int16_t *codes) {
-  F32 most = set_f32(0.0f), largest = most, all = most;
-  for (int64_t run = 0; run < count; run += kShortRun) {
-    F32 sum = set_f32(0.0f);
-    UNROLL for (int64_t j = 0; j < kShortRun; j += kPanel)
-      if (run + j < count) {
-        F32 w = load_floats(weights + run + j);
-        sum = add(sum, w), largest = maximum(w, largest);
-      }
-    most = maximum(sum, most), all = add(all, sum);
-  }
-  const float sum = sum_lanes(all); /* the others forget what is no number */
-  return encode_shorts(weights, count, sum_lanes(most) + (sum - sum), largest_lane(largest), codes);
+INLINE float encode_weights(const float *weights, int64_t count, const Softened &s, int16_t *codes) {
+  return encode_shorts(weights, count, s.most_of_run + (s.weights - s.weights), s.largest_weight, codes);
 }
 
 /* Scores of R queries with V panels of keys. */
@@ -352,13 +374,13 @@ INLINE void mix_pairs(const HeadCache &c, const int16_t *weights, int64_t ld, in
 
 /* --------------------------------------------------------------------------------------- runs */
 
-/* Where positions begin that R queries, the r-th at position[r], see of a run, in whole `unit`s, and where
+/* Where positions begin that R queries, the r-th at position[r], see of a run, in whole short runs, and where
  * they end. */
 struct Sight {
   int64_t origin, end;
 
   template <int R>
-  Sight(const HeadCache &c, const int64_t (&position)[R], int64_t run, int64_t unit) {
+  Sight(const HeadCache &c, const int64_t (&position)[R], int64_t run) {
     origin = run * kAttentionRun, end = 0;
     int64_t first = position[0];
     for (int r = 0; r < R; r++) {
@@ -366,7 +388,7 @@ struct Sight {
       end = position[r] >= end ? position[r] + 1 : end;
     }
     if (end > origin + kAttentionRun) end = origin + kAttentionRun;
-    first = first_seen(c.window, first) / unit * unit;
+    first = first_seen(c.window, first) / kShortRun * kShortRun;
     if (first > origin) origin = first;
   }
   int64_t panels() const { return ceil_div(end - origin, kPanel); }
@@ -377,7 +399,7 @@ template <int Type, int R>
 void attend_tile(const HeadCache &c, const float *const (&q)[R], const int64_t (&position)[R], int64_t run,
                  float *const (&sums)[R], float *scores) {
   constexpr bool in_pairs = Type == PT_CACHE_I16;
-  const Sight sight(c, position, run, in_pairs ? kShortRun : kPanel);
+  const Sight sight(c, position, run);
   const int64_t origin = sight.origin, panels = sight.panels(), ld = kAttentionRun;
   int16_t *weights = (int16_t *)(scores + R * ld), *codes = weights + R * ld;
   if (panels <= 0) { /* it lies beyond all of them */
@@ -399,11 +421,16 @@ void attend_tile(const HeadCache &c, const float *const (&q)[R], const int64_t (
       p += n;
     });
   }
+  /* One after the other for all queries: what comes of a row takes long to be known. */
+  auto scores_of = [&](int r) { return Scores(c, scores + r * ld, position[r], origin, panels * kPanel); };
+  if (c.soft_cap > 0)
+    for (int r = 0; r < R; r++) soft_cap(scores + r * ld, c.soft_cap, panels * kPanel);
+  for (int r = 0; r < R; r++) sums[r][c.value_width] = scores_of(r).largest();
+  Softened softened[R];
+  for (int r = 0; r < R; r++) softened[r] = soften<Type>(c, scores_of(r), sums[r][c.value_width]);
   for (int r = 0; r < R; r++) {
-    const Softened s = soften<Type>(c, scores + r * ld, origin, first_seen(c.window, position[r]), position[r] + 1,
-                                    origin + panels * kPanel);
-    sums[r][c.value_width] = s.largest, sums[r][c.value_width + 1] = s.total;
-    if constexpr (in_pairs) unit[r] = encode_weights(scores + r * ld, panels * kPanel, weights + r * ld);
+    sums[r][c.value_width + 1] = softened[r].total;
+    if constexpr (in_pairs) unit[r] = encode_weights(scores + r * ld, panels * kPanel, softened[r], weights + r * ld);
   }
   const int64_t vectors = c.value_width / kPanel;
   for (int64_t v = 0; v < vectors;) {
