@@ -4,6 +4,9 @@
 
 #include <stdint.h>
 #include <stdlib.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <functional>
 #include <mutex>
@@ -14,22 +17,28 @@
 #include "posttrain.h"
 #include "threads.h"
 
-/* Memory that only ever grows, for one call at a time (engine_lock). */
+/* Memory that only ever grows, for one call at a time (engine_lock); in large pages where it fills some, as rows
+ * of a product are further apart than a small one. */
 class Buffer {
  public:
   template <class T>
   T *get(int64_t count) {
-    int64_t bytes = (count * (int64_t)sizeof(T) + 63) / 64 * 64;
-    if (bytes > size_) {
+    const int64_t wanted = count * (int64_t)sizeof(T);
+    if (wanted > size_) {
+      const int64_t unit = wanted < kLargePage ? 64 : kLargePage, bytes = (wanted + unit - 1) / unit * unit;
       free(data_);
-      data_ = aligned_alloc(64, bytes);
+      data_ = aligned_alloc(unit, bytes);
       size_ = data_ ? bytes : 0;
       if (!data_) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+      if (unit == kLargePage) madvise(data_, bytes, MADV_HUGEPAGE);
+#endif
     }
     return (T *)data_;
   }
 
  private:
+  static const int64_t kLargePage = 2 << 20;
   void *data_ = nullptr;
   int64_t size_ = 0;
 };
