@@ -53,7 +53,6 @@ HOLDING = ("onnxruntime", "openvino")  # whose graphs hold weights of their own
 PACKAGES = {"llama.cpp": "llama_cpp_python"}  # where the package is not called as the library is
 
 PER_TOKEN, PER_32 = "int8h | fp32/row", "int8h | fp32/g32"
-SAID = {PER_TOKEN: "int8 per token", PER_32: "int8 per 32"}
 SCALES = {8: ("row", "g32"), 6: ("row", "g128", "g64", "g32"), 4: ("g128", "g64", "g32")}
 WEIGHT_ONLY = {
     "W8 row": "int8 | fp32/row",
@@ -96,22 +95,30 @@ def contenders() -> list[Contender]:
     return [*_ours(), *_llama(), *_torch(), *_onnxruntime(), *_openvino()]
 
 
+def _scale(spec: str) -> str:
+    """What shares one: "row", "g64"."""
+    return spec.rpartition("/")[2]
+
+
 def _ours() -> Iterator[Contender]:
     """Weights in all groupings, activations per token and per 32, and what the recipes use; weights
     alone, activations in digits and as floats."""
-    names = {}
-    for bits, scales in SCALES.items():
-        for scale in scales:
-            weight = f"int{bits} | {'fp32' if scale == 'row' else 'fp16'}/{scale}"
-            names[weight, PER_TOKEN, False] = f"W{bits}A8 {scale}"
-            if scale == "g32":
-                names[weight, PER_32, False] = f"W{bits}A8 g32/g32"
+    forms = [
+        (f"int{bits} | {'fp32' if scale == 'row' else 'fp16'}/{scale}", given, False, "")
+        for bits, scales in SCALES.items()
+        for scale in scales
+        for given in ((PER_TOKEN, PER_32) if scale == "g32" else (PER_TOKEN,))
+    ]
     for recipe in ("w8a8", "w6a8", "w4a8"):
         for rule in load_recipe(recipe).plan.rules:
             weight = str(rule.weight).replace("h |", " |")  # as fast, with one level more
-            key = weight, str(rule.input), rule.rotate
-            name = names.get((*key[:2], False), f"W{rule.weight.grid.bits}A8 {key[:2]}")
-            names[key] = f"{name} rotated, {recipe}" if rule.rotate else name
+            forms.append(
+                (weight, str(rule.input), rule.rotate, f" rotated, {recipe}" if rule.rotate else "")
+            )
+    names = {}
+    for weight, given, rotate, note in forms:
+        scales = _scale(weight) + ("" if given == PER_TOKEN else f"/{_scale(given)}")
+        names[weight, given, rotate] = f"W{weight[3]}A8 {scales}{note}"
     best, *others = kernels.isas()
     for name, weight in WEIGHT_ONLY.items():
         options = {"format": weight, "input": None, "rotate": False, "isa": best, "decode": "C"}
@@ -121,7 +128,8 @@ def _ours() -> Iterator[Contender]:
             yield replace(made, name=f"{name} alone", activations="3 int8 digits")
     for (weight, given, rotate), name in names.items():
         options = {"format": weight, "input": given, "rotate": rotate, "isa": best, "decode": "C"}
-        made = Contender("posttrain", name, int(name[1]), SAID.get(given, given), options)
+        said = f"int8 per {_scale(given).replace('row', 'token').lstrip('g')}"
+        made = Contender("posttrain", name, int(name[1]), said, options)
         yield made
         if name in MAIN:
             python = options | {"decode": "Python"}
