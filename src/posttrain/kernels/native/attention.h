@@ -227,7 +227,8 @@ struct Scores {
       f([&](auto g) INLINE_LAMBDA {
         UNROLL for (int j = 0; j < 4; j++) {
           const int64_t i = run + j * kPanel;
-          if (i < count) g(i, [&](F32 v, float other) INLINE_LAMBDA { return within(v, begin - i, end - i, other); }, j);
+          auto seen = [&](F32 v, float other) INLINE_LAMBDA { return within(v, begin - i, end - i, other); };
+          if (i < count) g(i, seen, j);
         }
       });
     };
@@ -235,8 +236,8 @@ struct Scores {
     for (; run < begin && run < count; run += kShortRun) at_an_edge(run);
     for (; run + kShortRun <= end; run += kShortRun) /* known when compiling, as most are seen whole */
       f([&](auto g) INLINE_LAMBDA {
-        UNROLL for (int j = 0; j < 4; j++)
-          g(run + j * kPanel, [](F32 v, float) INLINE_LAMBDA { return v; }, j);
+        auto all = [](F32 v, float) INLINE_LAMBDA { return v; };
+        UNROLL for (int j = 0; j < 4; j++) g(run + j * kPanel, all, j);
       });
     for (; run < count; run += kShortRun) at_an_edge(run);
   }
@@ -280,8 +281,10 @@ Softened soften(const HeadCache &c, const Scores &scores, float largest) {
   });
   Softened s;
   s.total = sum_lanes(sums);
-  if constexpr (Type == PT_CACHE_I16)
-    s.most_of_run = sum_lanes(most_of_run), s.largest_weight = largest_lane(largest_weight), s.weights = sum_lanes(weights);
+  if constexpr (Type == PT_CACHE_I16) {
+    s.most_of_run = sum_lanes(most_of_run), s.weights = sum_lanes(weights);
+    s.largest_weight = largest_lane(largest_weight);
+  }
   return s;
 }
 
@@ -421,7 +424,7 @@ void attend_tile(const HeadCache &c, const float *const (&q)[R], const int64_t (
       p += n;
     });
   }
-  /* One after the other for all queries: what comes of a row takes long to be known. */
+  /* Each step for all queries, as what comes of a row takes long to be known. */
   auto scores_of = [&](int r) { return Scores(c, scores + r * ld, position[r], origin, panels * kPanel); };
   if (c.soft_cap > 0)
     for (int r = 0; r < R; r++) soft_cap(scores + r * ld, c.soft_cap, panels * kPanel);
